@@ -1,0 +1,23 @@
+// Every registration of a CPU implementation.
+
+#include <torch/csrc/stable/library.h>
+
+#include "glue/cpu_ops.h"
+
+STABLE_TORCH_LIBRARY_IMPL(pathprune, CPU, m) {
+  m.impl("path_flow_linear", TORCH_BOX(&pathprune::path_flow_linear));
+  m.impl("path_flow_linear_collect", TORCH_BOX(&pathprune::path_flow_linear_collect));
+  m.impl("path_flow_linear_prune_", TORCH_BOX(&pathprune::path_flow_linear_prune_));
+  m.impl("through_flow", TORCH_BOX(&pathprune::through_flow));
+  m.impl("through_flow_collect", TORCH_BOX(&pathprune::through_flow_collect));
+  m.impl("through_flow_histogram", TORCH_BOX(&pathprune::through_flow_histogram));
+  m.impl("through_flow_prune_", TORCH_BOX(&pathprune::through_flow_prune_));
+  m.impl("through_flow_nth", TORCH_BOX(&pathprune::through_flow_nth));
+  m.impl("masked_weight", TORCH_BOX(&pathprune::masked_weight));
+  m.impl("mask_pack", TORCH_BOX(&pathprune::mask_pack));
+  m.impl("mask_unpack", TORCH_BOX(&pathprune::mask_unpack));
+  m.impl("mask_count", TORCH_BOX(&pathprune::mask_count));
+  m.impl("compact_weight", TORCH_BOX(&pathprune::compact_weight));
+  m.impl("kth_largest", TORCH_BOX(&pathprune::kth_largest));
+  m.impl("gumbel_keys", TORCH_BOX(&pathprune::gumbel_keys));
+}

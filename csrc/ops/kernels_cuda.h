@@ -1,0 +1,133 @@
+// The CUDA implementation of the ops, without torch: pointers to device memory, sizes and a stream
+// in, an error code out. Nothing here allocates or waits; an op of several steps takes the
+// workspace that the function beside it measures. Letters as in the schemas: G groups, O rows, K
+// columns, T positions, W words; A is the type of flows and scores (weights.h), `void*` where it is
+// either.
+
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "core/weight_map.h"
+#include "ops/gumbel.h"
+#include "ops/weights.h"
+
+namespace pathprune::cuda {
+
+// ---- what the ops are given ---------------------------------------------------------------------
+
+struct StoredWeights {
+  Weights all;
+  const int64_t* tile_start;  // packed: from fill_tile_starts, or all.row_start if that says so
+
+  bool packed() const { return all.layout != nullptr; }
+};
+
+// How many tile starts the words of packed rows need; 0: their row starts serve.
+int64_t tile_start_count(int64_t flat_rows, int64_t words);
+cudaError_t fill_tile_starts(const uint16_t* words,     // [flat_rows, W]
+                             const int64_t* row_start,  // [flat_rows + 1]
+                             int64_t flat_rows, int64_t columns, int64_t words_of_row,
+                             int64_t* tile_start,  // [tile_start_count(flat_rows, W)]
+                             cudaStream_t stream);
+
+struct Score {
+  WeightMap s;
+  bool has_flows;  // if not, the score is s(w)
+  const void* x;   // [G, T, K] A
+  const void* g;   // [G, T, O] A
+  int64_t positions;
+};
+
+struct Flow {
+  WeightMap f;
+  const void* in;  // A: [G, T, K], transposed [G, T, O]
+  void* out;       // A: [G, T, O], transposed [G, T, K]
+  int64_t positions;
+};
+
+struct Collected {
+  double lo, hi;
+  void* values;  // [capacity] A
+  int64_t capacity;
+  int64_t* counts;   // [4]: above, inside, not finite, live
+  double* extremes;  // [2]
+};
+
+// ---- row_sweep.cu -------------------------------------------------------------------------------
+
+cudaError_t flow_by_rows(const StoredWeights& w, const Flow& flow, cudaStream_t stream);
+// First prunes the mask, which `w` has too, then lets the flow through what is left. No positions:
+// prunes only.
+cudaError_t prune_by_rows(const StoredWeights& w, const Score& score, double at_least, double above,
+                          int64_t cut, uint16_t* mask, const Flow& flow, cudaStream_t stream);
+
+// ---- column_sweep.cu ----------------------------------------------------------------------------
+
+// How many sums (A) the transposed flow needs room for.
+int64_t column_sum_count(const Weights& w, int64_t positions);
+cudaError_t flow_by_columns(const StoredWeights& w, const Flow& flow, void* sums,
+                            cudaStream_t stream);
+// The transposed flow and a collection of scores. No positions: collects only.
+cudaError_t collect_by_columns(const StoredWeights& w, const Score& score,
+                               const Collected& collected, const Flow& flow, void* sums,
+                               cudaStream_t stream);
+
+// ---- through_flow.cu ----------------------------------------------------------------------------
+
+cudaError_t write_scores(const StoredWeights& w, const Score& score,
+                         void* scores,  // [G, O, K] A
+                         cudaStream_t stream);
+cudaError_t count_by_bin(const StoredWeights& w, const Score& score, int64_t stride,
+                         int64_t* histogram,  // [2^17], float64 weights [2^20]
+                         int64_t* counts,     // [2]: visited, not finite
+                         cudaStream_t stream);
+// How many counts find_nth needs room for.
+int64_t nth_count_count(const Weights& w);
+cudaError_t find_nth(const StoredWeights& w, const Score& score, double at_least, double above,
+                     int64_t n, int64_t* counts,
+                     int64_t* index,  // []
+                     cudaStream_t stream);
+
+// ---- masks.cu -----------------------------------------------------------------------------------
+
+cudaError_t pack_masks(const uint8_t* bools,  // [rows, K]
+                       int64_t rows, int64_t columns,
+                       uint16_t* words,  // [rows, W]
+                       cudaStream_t stream);
+cudaError_t unpack_masks(const uint16_t* words, int64_t rows, int64_t columns, uint8_t* bools,
+                         cudaStream_t stream);
+cudaError_t count_masks(const uint16_t* words, int64_t count,
+                        int64_t* total,  // []
+                        cudaStream_t stream);
+
+// ---- compact.cu ---------------------------------------------------------------------------------
+
+// The row starts of what a mask leaves; the last is how much that is.
+cudaError_t row_start_bytes(int64_t flat_rows, size_t* bytes);
+cudaError_t fill_row_starts(const uint16_t* words, int64_t flat_rows, int64_t columns,
+                            int64_t words_of_row, void* workspace, size_t bytes,
+                            int64_t* row_start,  // [flat_rows + 1]
+                            cudaStream_t stream);
+// Moves the live weights of `w` to where the starts of the tiles of its mask say, and writes the
+// padding behind the `live` of them.
+cudaError_t compact(const StoredWeights& w, const int64_t* tile_start, int64_t live, void* values,
+                    cudaStream_t stream);
+
+// ---- select.cu ----------------------------------------------------------------------------------
+
+size_t kth_largest_bytes(Storage storage);
+cudaError_t find_kth_largest(const void* values, Storage storage, int64_t count, int64_t k,
+                             void* workspace, void* result, cudaStream_t stream);
+
+// ---- gumbel.cu ----------------------------------------------------------------------------------
+
+cudaError_t fill_gumbel_keys(const void* scores, Storage storage, int64_t count,
+                             const GumbelKeys& key_of, double* keys,
+                             double* refused,  // []: a score that is negative or NaN, or 0
+                             cudaStream_t stream);
+
+}  // namespace pathprune::cuda
