@@ -1,0 +1,62 @@
+"""Path-based pruning of neural networks at the speed of the memory bus.
+
+import pathprune as pp
+
+masks = pp.prune(model, pp.SynFlow(rounds=100), density=0.05, example_input=x)   # the model is unchanged
+masks.apply_(model)
+"""
+
+from ._mask_io import MaskFileError, MaskMismatchError
+from .masks import Masks
+from .network import PathNetwork, SupportReport, UnsupportedModelError
+from .ops import WeightMap
+from .policy import Policy
+from .pruners import (
+    Magnitude,
+    Pruner,
+    Random,
+    Sketch,
+    SynFlow,
+    SynFlowDist,
+    SynFlowL2,
+    SynFlowL2Dist,
+    TraceSaliency,
+    sample_with_replacement,
+)
+from .pruning import prune
+from .report import PathCounts, Report, path_counts
+from .scoring import NetworkScores, scores
+from .select import NonFiniteScoreError, Threshold, keep_masks, select_threshold
+from .version import __version__
+
+__all__ = [
+    "Magnitude",
+    "MaskFileError",
+    "MaskMismatchError",
+    "Masks",
+    "NetworkScores",
+    "NonFiniteScoreError",
+    "PathCounts",
+    "PathNetwork",
+    "Policy",
+    "Pruner",
+    "Random",
+    "Report",
+    "Sketch",
+    "SupportReport",
+    "SynFlow",
+    "SynFlowDist",
+    "SynFlowL2",
+    "SynFlowL2Dist",
+    "Threshold",
+    "TraceSaliency",
+    "UnsupportedModelError",
+    "WeightMap",
+    "__version__",
+    "keep_masks",
+    "path_counts",
+    "prune",
+    "sample_with_replacement",
+    "scores",
+    "select_threshold",
+]

@@ -1,0 +1,166 @@
+"""What the ops accept. Every refusal is a ValueError "op: argument: wanted ..., got ...".
+
+An argument of a given name means the same in every op, so one function checks them all by name.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+WORD = 16  # columns in one mask word
+WEIGHT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_FLOATS = "float32, float64, bfloat16 or float16"
+_LEAST = {"columns": 0, "capacity": 0, "stride": 1, "n": 0, "offset": 0}
+
+Given = ParamSpec("Given")
+Returned = TypeVar("Returned")
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """A: the dtype of the flows, scores and sums that belong to weights of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def words(columns: int) -> int:
+    """W: how many mask words cover a row of `columns` weights."""
+    return (columns + WORD - 1) // WORD
+
+
+def checked(function: Callable[Given, Returned]) -> Callable[Given, Returned]:
+    """The function, preceded by `check_arguments` under its own name."""
+    names = tuple(inspect.signature(function).parameters)
+
+    @functools.wraps(function)
+    def run(*values: Given.args, **named: Given.kwargs) -> Returned:
+        check_arguments(function.__name__, dict(zip(names, values, strict=False)) | named)
+        return function(*values, **named)
+
+    return run
+
+
+def check_arguments(op: str, given: Mapping[str, Any]) -> None:
+    """Checks the arguments of an op by their names in its schema.
+
+    Raises:
+        ValueError: an argument has the wrong dtype, shape, device, strides or range.
+    """
+    for name, value in given.items():
+        if name in ("f", "s") and not 0 <= value <= 3:
+            refuse(op, name, "a WeightMap, 0 to 3", value)
+        if name in ("lo", "hi", "at_least", "above") and value != value:
+            refuse(op, name, "a number or an infinity", value)
+        if name in _LEAST and (value is None or value < _LEAST[name]):
+            refuse(op, name, f"a number >= {_LEAST[name]}", value)
+    if "weight" in given:
+        groups, rows, columns = _check_weight(op, given)
+        if "x_old" in given:
+            _check_score_flows(op, given, "x_old", "g_old", groups, rows, columns)
+        elif "s" in given:
+            _check_score_flows(op, given, "x", "g", groups, rows, columns)
+        if "x" in given and given["x"] is not None:
+            _check_flow(op, given, "x", groups, rows if given.get("transposed") else columns)
+    elif "mask" in given:
+        _check_mask(op, given["mask"], given.get("columns"))
+    elif "bits" in given and (given["bits"].dtype != torch.bool or given["bits"].dim() != 3):
+        refuse(op, "bits", "bool [G, O, K]", given["bits"])
+    elif "values" in given:
+        _check_kth(op, given["values"], given["k"])
+    elif "scores" in given:
+        _check_sampling(op, given["scores"], given["temperature_inverse"])
+    if op.endswith("_") and not given["mask"].is_contiguous():
+        refuse(op, "mask", "a contiguous tensor to write to", f"strides {given['mask'].stride()}")
+
+
+def refuse(op: str, argument: str, wanted: str, got: object) -> NoReturn:
+    raise ValueError(f"{op}: {argument}: wanted {wanted}, got {_describe(got)}")
+
+
+def _describe(got: object) -> str:
+    if isinstance(got, Tensor):
+        return f"{str(got.dtype).removeprefix('torch.')} {list(got.shape)} on {got.device}"
+    return str(got)
+
+
+def _check_tensor(
+    op: str, argument: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device
+) -> None:
+    if tensor.dtype != dtype or tuple(tensor.shape) != shape or tensor.device != device:
+        refuse(op, argument, f"{str(dtype).removeprefix('torch.')} {list(shape)} on {device}", tensor)
+
+
+def _check_weight(op: str, given: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Checks a dense or packed weight with its mask; returns (G, O, K)."""
+    weight, mask = given["weight"], given["mask"]
+    layout, row_start = given.get("layout"), given.get("row_start")
+    if weight.dtype not in WEIGHT_DTYPES:
+        refuse(op, "weight", _FLOATS, weight)
+    if layout is None:
+        if weight.dim() != 3:
+            refuse(op, "weight", "3 dimensions [G, O, K]", weight)
+        groups, rows, columns = weight.shape
+        if given.get("columns", columns) != columns:
+            refuse(op, "columns", f"the weight's K = {columns}", given["columns"])
+        if row_start is not None:
+            refuse(op, "row_start", "None without a layout", row_start)
+    else:
+        columns = given["columns"]
+        if weight.dim() != 1:
+            refuse(op, "weight", "1 dimension with a layout", weight)
+        if layout.dim() != 3:
+            refuse(op, "layout", "3 dimensions [G, O, W]", layout)
+        groups, rows = layout.shape[0], layout.shape[1]
+        _check_tensor(op, "layout", layout, torch.int16, (groups, rows, words(columns)), weight.device)
+        if row_start is None:
+            refuse(op, "row_start", "a tensor with a layout", row_start)
+        _check_tensor(op, "row_start", row_start, torch.int64, (groups * rows + 1,), weight.device)
+        if mask is None:
+            refuse(op, "mask", "a mask with a packed weight", mask)
+    if mask is not None:
+        _check_tensor(op, "mask", mask, torch.int16, (groups, rows, words(columns)), weight.device)
+    return groups, rows, columns
+
+
+def _check_flow(op: str, given: Mapping[str, Any], name: str, groups: int, units: int) -> None:
+    flow, weight = given[name], given["weight"]
+    if flow.dim() != 3:
+        refuse(op, name, "3 dimensions [G, T, units]", flow)
+    shape = (groups, flow.shape[1], units)
+    _check_tensor(op, name, flow, accumulate_dtype(weight.dtype), shape, weight.device)
+
+
+def _check_score_flows(op: str, given: Mapping[str, Any], x: str, g: str, groups: int, rows: int, columns: int) -> None:
+    if (given[x] is None) != (given[g] is None):
+        refuse(op, g, f"{x} and {g}, or neither", given[g])
+    if given[x] is not None:
+        _check_flow(op, given, x, groups, columns)
+        _check_flow(op, given, g, groups, rows)
+        if given[x].shape[1] != given[g].shape[1]:
+            refuse(op, g, f"T = {given[x].shape[1]}, as {x}", given[g])
+
+
+def _check_mask(op: str, mask: Tensor, columns: int | None) -> None:
+    if mask.dtype != torch.int16 or mask.dim() != 3:
+        refuse(op, "mask", "int16 [G, O, W]", mask)
+    if columns is not None and mask.shape[2] != words(columns):
+        refuse(op, "mask", f"W = {words(columns)} words for {columns} columns", mask)
+
+
+def _check_kth(op: str, values: Tensor, k: int) -> None:
+    if values.dim() != 1 or values.dtype not in WEIGHT_DTYPES:
+        refuse(op, "values", f"1 dimension of {_FLOATS}", values)
+    if not 1 <= k <= values.shape[0]:
+        refuse(op, "k", f"1 to {values.shape[0]}", k)
+
+
+def _check_sampling(op: str, scores: Tensor, temperature_inverse: float) -> None:
+    if scores.dtype not in WEIGHT_DTYPES:
+        refuse(op, "scores", _FLOATS, scores)
+    if not 0 <= temperature_inverse < math.inf:
+        refuse(op, "temperature_inverse", "a finite number >= 0", temperature_inverse)
