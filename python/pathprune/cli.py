@@ -1,0 +1,233 @@
+"""The ``pathprune`` command: info, prune, support, report.
+
+Exit codes: 0 done, 1 a mistake or a failure (one line on stderr), 2 wrong usage, 130 interrupted (to a shell: an
+interrupt inside generated source ends CPython by the signal itself).
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+from . import info as installation
+from .loading import example_input, load_model
+from .masks import Masks
+from .network import PathNetwork
+from .pruners import Magnitude, Pruner, Random, SynFlow, SynFlowL2, TraceSaliency
+from .pruning import prune as prune_model
+from .report import Report
+
+try:
+    import typer
+except ImportError as missing:
+    print(f"pathprune: the command line needs typer ({missing}): pip install 'pathprune[cli]'", file=sys.stderr)
+    raise SystemExit(1) from None
+
+app = typer.Typer(
+    help="Path-based pruning of neural networks.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+MASKS, JSON, PLOT = "masks.safetensors", "report.json", "report.png"
+
+Model = Annotated[
+    str, typer.Option(help="package.module:factory, or a local Hugging Face folder; nothing is downloaded.")
+]
+StateDict = Annotated[Path | None, typer.Option(help="Weights to load, .safetensors or torch.save.")]
+Shape = Annotated[str | None, typer.Option(help="Shape of one input batch, such as 1,3,224,224.")]
+Seed = Annotated[int, typer.Option(help="Of chance: weights the model draws, and methods that draw.")]
+
+
+class Method(str, enum.Enum):
+    """What scores the weights."""
+
+    SYNFLOW = "synflow"
+    SYNFLOW_L2 = "synflow-l2"
+    MAGNITUDE = "magnitude"
+    RANDOM = "random"
+    TRACE = "trace"
+
+    def pruner(self, rounds: int | None) -> Pruner:
+        kinds: dict[str, type[Pruner]] = {
+            "synflow": SynFlow,
+            "synflow-l2": SynFlowL2,
+            "magnitude": Magnitude,
+            "random": Random,
+            "trace": TraceSaliency,
+        }
+        return kinds[self.value]() if rounds is None else kinds[self.value](rounds=rounds)
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """Mistakes and failures as a line on stderr and an exit code; bugs keep their traceback."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo("pathprune: interrupted", err=True)
+        raise typer.Exit(130) from None
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError, MemoryError) as error:
+        if isinstance(error, typer.Exit):  # a RuntimeError of its own kind
+            raise
+        typer.echo(f"pathprune: {' '.join(str(error).split()) or type(error).__name__}", err=True)
+        raise typer.Exit(1) from None
+
+
+@app.command()
+def info() -> None:
+    """What this installation is made of."""
+    typer.echo(installation.text())
+
+
+@app.command()
+def prune(
+    model: Model,
+    out: Annotated[Path, typer.Option(help=f"Folder for {MASKS}, {JSON} and {PLOT}.")],
+    method: Annotated[Method, typer.Option(help="What scores the weights.")] = Method.SYNFLOW,
+    density: Annotated[float | None, typer.Option(help="Fraction of weights kept.")] = None,
+    sparsity: Annotated[float | None, typer.Option(help="Fraction removed.")] = None,
+    rounds: Annotated[int | None, typer.Option(help="Default: the method's own.")] = None,
+    input_shape: Shape = None,
+    state_dict: StateDict = None,
+    scope: Annotated[str, typer.Option(help="global, layer, row, or n:m such as 2:4.")] = "global",
+    schedule: Annotated[str, typer.Option(help="exponential, linear or one-shot.")] = "exponential",
+    seed: Seed = 0,
+    exclude: Annotated[list[str] | None, typer.Option(help="Name pattern to leave whole; repeatable.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace earlier results in the folder.")] = False,
+) -> None:
+    """Prune a model to a density: masks, report and plot into a folder, all of them or none."""
+    with _one_line_errors():
+        _check_folder(out, overwrite)
+        network = load_model(model, state_dict, seed)
+        masks = prune_model(
+            network,
+            method.pruner(rounds),
+            density=density,
+            sparsity=sparsity,
+            example_input=example_input(network, input_shape),
+            scope=scope,
+            schedule=schedule,
+            seed=seed,
+            exclude=exclude or (),
+        )
+        assert isinstance(masks, Masks)
+        masks.metadata["model"] = model
+        report = Report.of(masks)
+        with _new_folder(out) as folder:
+            masks.save(folder / MASKS)
+            report.to_json(folder / JSON)
+            _plot(report, folder / PLOT)
+            written = sorted(path.name for path in folder.iterdir())
+    typer.echo(str(report))
+    typer.echo(f"\nWrote {', '.join(written)} to {out}")
+
+
+@app.command()
+def support(model: Model, input_shape: Shape = None, state_dict: StateDict = None, seed: Seed = 0) -> None:
+    """List every operator of a model and its path rule; exit code 1 if one has none."""
+    with _one_line_errors():
+        network = load_model(model, state_dict, seed)
+        found = PathNetwork.support_report(network, example_input(network, input_shape))
+    typer.echo(str(found))
+    raise typer.Exit(0 if found else 1)
+
+
+@app.command()
+def report(
+    masks: Annotated[Path, typer.Argument(help=f"A {MASKS}.")],
+    model: Annotated[str | None, typer.Option(help="Find paths anew on this model.")] = None,
+    input_shape: Shape = None,
+    state_dict: StateDict = None,
+    seed: Seed = 0,
+    json: Annotated[Path | None, typer.Option(help="Also write JSON here.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Also save a picture here.")] = None,
+) -> None:
+    """Show what masks leave of a network."""
+    with _one_line_errors():
+        loaded = Masks.load(masks)
+        if model is None:
+            found = Report.of(loaded)
+        else:
+            network = load_model(model, state_dict, seed)
+            found = Report.of(loaded, network, example_input(network, input_shape))
+        if json is not None:
+            found.to_json(json)
+        if plot is not None:
+            _plot(found, plot)
+    typer.echo(str(found))
+
+
+def _plot(found: Report, path: Path) -> None:
+    try:
+        found.plot(path)
+    except ImportError as missing:
+        typer.echo(f"pathprune: no {path.name} ({missing}): pip install 'pathprune[plot]'", err=True)
+
+
+# ------------------------------------------------------------------------------------------ the output folder
+
+
+def _check_folder(out: Path, overwrite: bool) -> None:
+    """Refuses, before any work, a folder that could not be written at the end."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out: wanted a folder, got the file {out}")
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        raise ValueError(f"--out: {out} is not empty; --overwrite replaces earlier results in it")
+    above = next(path for path in (out, *out.absolute().parents) if path.is_dir())
+    if not os.access(above, os.W_OK):
+        raise ValueError(f"--out: {above} is not writable")
+
+
+@contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """A folder to fill: it takes the place ``out`` when complete, and vanishes on any failure before."""
+    out = out.absolute()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        yield partial
+        partial.chmod(0o777 & ~_umask())  # mkdtemp's are private
+        with _uninterrupted():
+            if out.is_dir() and any(out.iterdir()):
+                for file in partial.iterdir():
+                    os.replace(file, out / file.name)
+            else:
+                os.replace(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits no more than the few renames it encloses, then counts for nothing: the work is done."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def main() -> None:
+    """Entry point of the ``pathprune`` command."""
+    app(prog_name="pathprune")
+
+
+if __name__ == "__main__":
+    main()

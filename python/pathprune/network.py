@@ -1,0 +1,327 @@
+"""``PathNetwork``: a network read as a DAG of path nodes, once, from any module that ``torch.export`` accepts."""
+
+from __future__ import annotations
+
+import fnmatch
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from .nodes import Constant, Gate, Input, Node, Scale, Shift, Sum, Synapse, Wire
+from .tracer import (
+    Tracer,
+    UnsupportedModelError,
+    canonical_names,
+    export,
+    module_path,
+    operator_name,
+    rule_of,
+)
+
+__all__ = ["PathNetwork", "SupportReport", "UnsupportedModelError"]
+
+
+class PathNetwork:
+    """A DAG of path nodes over named tensors.
+
+    Read from a module with :meth:`from_module`, or built by hand with the ``add_*`` methods. Nodes are in topological
+    order. The tensors are the model's own (no copies): a network follows the weights as they are when it is used.
+
+    Attributes:
+        nodes: the path nodes; an input is an index into this list.
+        outputs: indices of the nodes whose sum over all elements is R.
+        tensors: name -> tensor, every parameter and buffer the nodes read.
+        prunable: names of the weights a mask may touch, in the order of ``model.named_parameters()``.
+        unreached: names of linear and convolution weights that lie on no input-output path.
+
+    Example:
+        >>> net = PathNetwork.from_module(model, torch.ones(1, 3, 224, 224))
+        >>> masks = pathprune.prune(net, pathprune.SynFlow(), density=0.05)
+    """
+
+    def __init__(self) -> None:
+        self.nodes: list[Node] = []
+        self.outputs: tuple[int, ...] = ()
+        self.tensors: dict[str, Tensor] = {}
+        self.prunable: tuple[str, ...] = ()
+        self.unreached: tuple[str, ...] = ()
+        self.model: nn.Module | None = None
+        self._fixed: set[str] = set()  # weights that are also used as something that is not prunable
+        self._source: dict[str, Tensor] = {}  # the tensors of the model that nodes may ask for
+
+    # ------------------------------------------------------------------------------------------ from a module
+
+    @classmethod
+    def from_module(cls, model: nn.Module, example_input: Any) -> PathNetwork:
+        """Reads an unmodified module.
+
+        Args:
+            model: any ``nn.Module`` that ``torch.export`` accepts; it is not touched.
+            example_input: a tensor, a tuple of positional or a dict of keyword arguments; only shapes and dtypes of
+                floating-point inputs matter (one sample is traced), integer and boolean inputs are held fixed.
+
+        Raises:
+            UnsupportedModelError: the module cannot be exported, or an operator has no rule; names module and rule.
+            ValueError: no parameters, meta tensors, or several devices.
+        """
+        _check_tensors(model)
+        net = cls()
+        net.model = model
+        net._source = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        program = export(model, example_input)
+        Tracer(net, program, canonical_names(model)).run()
+        net._drop_dead_ends()
+        net._order_prunable(name for name, _ in model.named_parameters())
+        reached = {name for k in net.synapses() for name in [net.nodes[k].weight]}  # type: ignore[attr-defined]
+        net.unreached = tuple(name for name in _weight_names(model) if name not in reached)
+        return net
+
+    @staticmethod
+    def support_report(model: nn.Module, example_input: Any) -> SupportReport:
+        """Every operator of the model, its rule or none, and the modules it comes from. Raises only if export fails."""
+        rows: dict[str, tuple[str, list[str]]] = {}
+        program = export(model, example_input)
+        for node in program.graph.nodes:
+            schema = getattr(node.target, "_schema", None)
+            known = isinstance(node.target, (torch._ops.OpOverload, torch._ops.HigherOrderOperator))
+            if node.op != "call_function" or not known or (schema is not None and not schema.returns):
+                continue
+            name = operator_name(node)
+            function = rule_of(name)
+            if function is None and not _reads_input(program, node):
+                continue
+            rows.setdefault(name, (_rule_name(function), []))[1].append(module_path(node))
+        return SupportReport(type(model).__name__, rows)
+
+    def _drop_dead_ends(self) -> None:
+        """Keeps the nodes from which an output can be reached, so that dead code carries no weights."""
+        alive = set(self.outputs)
+        for index in reversed(range(len(self.nodes))):
+            if index in alive:
+                alive.update(self.nodes[index].inputs)
+        used = {node.weight for index, node in enumerate(self.nodes) if index in alive and isinstance(node, Synapse)}
+        self._alive = alive
+        self.prunable = tuple(name for name in self.prunable if name in used)
+
+    def _order_prunable(self, order: Iterable[str]) -> None:
+        position = {name: k for k, name in enumerate(order)}
+        self.prunable = tuple(sorted(self.prunable, key=lambda name: position[name]))
+
+    # ------------------------------------------------------------------------------------------- building
+
+    def add(self, node: Node) -> int:
+        """Appends a node whose inputs are already there; returns its index."""
+        for index in node.inputs:
+            self._shape(index)
+        self.nodes.append(node)
+        return len(self.nodes) - 1
+
+    def _shape(self, index: int) -> torch.Size:
+        if not 0 <= index < len(self.nodes):
+            raise ValueError(f"PathNetwork.add: inputs: wanted indices below {len(self.nodes)}, got {index}")
+        return self.nodes[index].shape
+
+    def add_tensor(self, name: str, tensor: Tensor | None = None) -> None:
+        """Makes a tensor available to the nodes under ``name``."""
+        self.tensors[name] = self._source[name] if tensor is None else tensor
+
+    def add_weight(self, name: str, tensor: Tensor | None = None, prunable: bool = True) -> None:
+        """Makes a weight available; it is prunable unless it is a buffer, or (also) used as something that is not."""
+        self.add_tensor(name, tensor)
+        if not prunable or (tensor is None and not isinstance(self._source[name], nn.Parameter)):
+            self._fixed.add(name)
+            self.prunable = tuple(other for other in self.prunable if other != name)
+        elif name not in self.prunable and name not in self._fixed:
+            self.prunable = (*self.prunable, name)
+
+    def add_input(self, *shape: int, name: str = "input") -> int:
+        """A source of flow of the given shape, batch axis of 1 included."""
+        return self.add(Input((), torch.Size(shape), name=name, where=name))
+
+    def add_synapse(
+        self,
+        flow: int,
+        weight: Tensor,
+        name: str,
+        bias: Tensor | None = None,
+        form: str = "linear",
+        **options: Any,
+    ) -> int:
+        """A weight on the flow: ``form`` linear, linear_t, conv or conv_transpose; options as in torch's functions."""
+        n = weight.dim() - 2
+        defaults = {"stride": 1, "padding": 0, "dilation": 1, "output_padding": 0}
+        groups = options.pop("groups", 1)
+        unknown = set(options) - set(defaults)
+        if unknown:
+            raise ValueError(f"PathNetwork.add_synapse: options: wanted {sorted(defaults)}, got {sorted(unknown)}")
+        values = {key: options.get(key, default) for key, default in defaults.items()}
+        geometry = {key: (v,) * n if isinstance(v, int) else tuple(v) for key, v in values.items()}
+        self.add_weight(name, weight)
+        probe = Synapse((flow,), torch.Size(), weight=name, form=form, groups=groups, where=name, **geometry)
+        shape = _synapse_shape(probe, self._shape(flow), weight)
+        index = self.add(Synapse(**{**probe.__dict__, "shape": shape}))
+        if bias is None:
+            return index
+        self.add_tensor(f"{name}.bias", bias)
+        view = [1] * len(shape)
+        view[-1 if form.startswith("linear") else 1] = -1
+        return self.add_shift(index, lambda tensors: tensors[f"{name}.bias"].reshape(view))
+
+    def add_shift(self, flow: int, value: Callable[..., Tensor]) -> int:
+        return self.add(Shift((flow,), self._shape(flow), value=value))
+
+    def add_scale(self, flow: int, factor: Tensor) -> int:
+        """Multiplies by a fixed tensor that broadcasts to the flow."""
+        return self.add(Scale((flow,), self._shape(flow), factor=lambda tensors: factor))
+
+    def add_gate(self, flow: int, name: str = "relu") -> int:
+        return self.add(Gate((flow,), self._shape(flow), name=name))
+
+    def add_constant(self, value: Tensor) -> int:
+        return self.add(Constant((), value.shape, value=lambda tensors: value))
+
+    def add_sum(self, *flows: int) -> int:
+        """The sum of flows: the end of a skip connection."""
+        shape = torch.broadcast_shapes(*(self._shape(index) for index in flows))
+        return self.add(Sum(flows, torch.Size(shape)))
+
+    def add_cat(self, *flows: int, dim: int = 1) -> int:
+        shape = list(self._shape(flows[0]))
+        dim = dim % len(shape)
+        shape[dim] = sum(self._shape(index)[dim] for index in flows)
+        return self.add(Wire(flows, torch.Size(shape), apply=lambda xs, p: torch.cat(list(xs), dim), concat_dim=dim))
+
+    def add_wire(self, flows: Sequence[int], apply: Callable[[Sequence[Tensor], float], Tensor]) -> int:
+        """Any linear map of flows with entries 0 and 1, given as a function of (inputs, power)."""
+        probe = apply([torch.zeros(self._shape(index), dtype=torch.float64) for index in flows], 1.0)
+        return self.add(Wire(tuple(flows), probe.shape, apply=apply))
+
+    def set_outputs(self, *flows: int) -> PathNetwork:
+        """Names the output nodes; returns the network."""
+        self.outputs = flows
+        self._drop_dead_ends()
+        return self
+
+    # -------------------------------------------------------------------------------------------- questions
+
+    @property
+    def alive(self) -> set[int]:
+        """Indices of the nodes from which an output can be reached."""
+        return self._alive
+
+    def synapses(self) -> list[int]:
+        """Indices of the live synapses, in topological order."""
+        return [k for k, node in enumerate(self.nodes) if isinstance(node, Synapse) and k in self._alive]
+
+    def select(self, include: Sequence[str] | None = None, exclude: Sequence[str] = ()) -> tuple[str, ...]:
+        """Names of prunable weights that match a pattern of ``include`` (None: all) and none of ``exclude``.
+
+        Patterns are those of ``fnmatch`` on qualified names.
+
+        Raises:
+            ValueError: a pattern that matches no prunable weight, or nothing left to prune.
+        """
+        exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+        include = None if include is None else ((include,) if isinstance(include, str) else tuple(include))
+        for pattern in (*(include or ()), *exclude):
+            if not fnmatch.filter(self.prunable, pattern):
+                raise ValueError(f"include/exclude: pattern '{pattern}' matches none of {list(self.prunable)}")
+
+        def matches(name: str, patterns: Sequence[str]) -> bool:
+            return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+        chosen = [n for n in self.prunable if include is None or matches(n, include)]
+        chosen = [n for n in chosen if not matches(n, exclude)]
+        if not chosen:
+            raise ValueError("no prunable weight: the network has none, or include/exclude leave none")
+        return tuple(chosen)
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.tensors.values())).device if self.tensors else torch.device("cpu")
+
+    def __repr__(self) -> str:
+        weights = sum(self.tensors[name].numel() for name in self.prunable)
+        return f"PathNetwork({len(self.nodes)} nodes, {len(self.prunable)} prunable tensors, {weights:,} weights)"
+
+
+class SupportReport:
+    """Operators of a model and their rules. ``bool(report)`` is True when every operator has one."""
+
+    def __init__(self, model: str, rows: dict[str, tuple[str, list[str]]]) -> None:
+        self.model = model
+        self.rows = rows  # operator -> (rule or "none", modules)
+
+    def missing(self) -> list[str]:
+        """Operators without a rule."""
+        return sorted(name for name, (rule, _) in self.rows.items() if rule == "none")
+
+    def __bool__(self) -> bool:
+        return not self.missing()
+
+    def __str__(self) -> str:
+        lines = [f"{self.model}: {len(self.rows)} operators, {len(self.missing())} without a rule"]
+        width = max((len(name) for name in self.rows), default=0)
+        for name, (rule, modules) in sorted(self.rows.items(), key=lambda row: (row[1][0] != "none", row[0])):
+            more = f" and {len(modules) - 2} more" if len(modules) > 2 else ""
+            lines.append(f"  {name:<{width}}  {rule:<12}  {len(modules):>4} x  {', '.join(modules[:2])}{more}")
+        return "\n".join(lines)
+
+
+def _rule_name(function: Callable[..., Any] | None) -> str:
+    if function is None:
+        return "none"
+    name = function.__name__.lstrip("_")
+    return "none" if name == "attention" else name
+
+
+def _reads_input(program: torch.export.ExportedProgram, node: fx.Node) -> bool:
+    """Whether a node depends on a model input at all."""
+    inputs = set(program.graph_signature.user_inputs)
+    seen: set[fx.Node] = set()
+    stack = [node]
+    while stack:
+        current = stack.pop()
+        if current.name in inputs:
+            return True
+        if current not in seen:
+            seen.add(current)
+            stack.extend(current.all_input_nodes)
+    return False
+
+
+def _weight_names(model: nn.Module) -> list[str]:
+    """Canonical names of the weights that linear and convolution modules hold."""
+    canonical = canonical_names(model)
+    hugging_face = sys.modules.get("transformers.pytorch_utils")  # imported, if the model has one of its layers
+    kinds = (nn.Linear, nn.modules.conv._ConvNd, *([hugging_face.Conv1D] if hugging_face else []))
+    names = [f"{path}.weight".lstrip(".") for path, module in model.named_modules() if isinstance(module, kinds)]
+    return list(dict.fromkeys(canonical[name] for name in names if name in canonical))
+
+
+def _check_tensors(model: nn.Module) -> None:
+    tensors: dict[str, Tensor] = dict(model.named_parameters())
+    if not tensors:
+        raise ValueError(f"PathNetwork: model: wanted parameters, got {type(model).__name__} with none")
+    tensors |= dict(model.named_buffers())
+    meta = [name for name, tensor in tensors.items() if tensor.is_meta]
+    if meta:
+        raise ValueError(f"PathNetwork: model: wanted materialised weights, got meta tensors: {', '.join(meta[:5])}")
+    devices = {tensor.device for tensor in tensors.values()}
+    if len(devices) > 1:
+        raise ValueError(f"PathNetwork: model: wanted one device, got {sorted(map(str, devices))}")
+
+
+def _synapse_shape(node: Synapse, entering: torch.Size, weight: Tensor) -> torch.Size:
+    """The shape a synapse gives, found by running it on meta tensors."""
+    x, w = torch.empty(entering, device="meta"), torch.empty(weight.shape, device="meta")
+    if node.form == "linear":
+        return torch.nn.functional.linear(x, w).shape
+    if node.form == "linear_t":
+        return (x @ w).shape
+    transposed = node.form == "conv_transpose"
+    geometry = (node.stride, node.padding, node.dilation, transposed, node.output_padding, node.groups)
+    return torch.convolution(x, w, None, *geometry).shape

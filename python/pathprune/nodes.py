@@ -1,0 +1,142 @@
+"""The node kinds of a path network: the whole vocabulary of path arithmetic.
+
+A network is a DAG of units; a path runs from an input unit to an output unit, and its value is the product of the
+weights on it. Every node is linear in the flow that enters it (products and norms hold their partner fixed), so one
+forward and one backward sweep over the nodes sum over all paths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+Tensors = Mapping[str, Tensor]
+Expression = Callable[[Tensors], Tensor]  # a constant of the model, computed from its parameters and buffers
+WireMap = Callable[[Sequence[Tensor], float], Tensor]  # (inputs, power) -> output, linear in the inputs
+
+
+@dataclass(frozen=True)
+class Node:
+    """What all nodes have: the nodes it reads, the shape of its value for one sample, and where it comes from."""
+
+    inputs: tuple[int, ...]
+    shape: torch.Size
+    where: str = field(default="", kw_only=True)
+
+
+@dataclass(frozen=True)
+class Input(Node):
+    """A source of flow: a model input, or the output of an embedding (whose indices carry no flow)."""
+
+    name: str = "input"
+
+
+@dataclass(frozen=True)
+class Constant(Node):
+    """A tensor at which paths begin when biases flow: class tokens, positional embeddings. ``|value|^power``."""
+
+    value: Expression = field(kw_only=True)
+
+
+@dataclass(frozen=True)
+class Synapse(Node):
+    """A weight tensor that multiplies the flow.
+
+    ``form``: ``linear`` ([out, in]), ``linear_t`` ([in, out], Hugging Face Conv1D), ``conv``, ``conv_transpose``, or
+    ``rows``: a convolution's weight read as [groups, out, in * kernel], its patches gathered by the wire before it.
+    """
+
+    weight: str = field(kw_only=True)
+    form: str = field(default="linear", kw_only=True)
+    stride: tuple[int, ...] = field(default=(), kw_only=True)
+    padding: tuple[int, ...] = field(default=(), kw_only=True)
+    dilation: tuple[int, ...] = field(default=(), kw_only=True)
+    output_padding: tuple[int, ...] = field(default=(), kw_only=True)
+    groups: int = field(default=1, kw_only=True)
+
+
+@dataclass(frozen=True)
+class Scale(Node):
+    """A fixed diagonal: ``x * |factor|^power`` (frozen batch norm, elementwise constants).
+
+    ``kind`` is ``batch_norm`` where a policy may switch it off, else ``constant``.
+    """
+
+    factor: Expression = field(kw_only=True)
+    kind: str = field(default="constant", kw_only=True)
+
+
+@dataclass(frozen=True)
+class Shift(Node):
+    """``x + |value|^power``: a bias as paths that begin at a constant unit. The identity where biases are dropped."""
+
+    value: Expression = field(kw_only=True)
+    kind: str = field(default="bias", kw_only=True)
+
+
+@dataclass(frozen=True)
+class Norm(Node):
+    """A norm without running statistics: divides by the RMS of the entering flow over ``dims``, held fixed.
+
+    ``groups``: channels are split into that many groups first (group norm); 0 means none.
+    """
+
+    dims: tuple[int, ...] = field(kw_only=True)
+    groups: int = field(default=0, kw_only=True)
+
+
+@dataclass(frozen=True)
+class Gate(Node):
+    """An activation: the identity on path flow. ``name`` is the operator, for gates recorded from data."""
+
+    name: str = field(kw_only=True)
+
+
+@dataclass(frozen=True)
+class Pool(Node):
+    """Max or average pooling over the last ``len(kernel)`` axes."""
+
+    kind: str = field(kw_only=True)  # "max" | "avg"
+    kernel: tuple[int, ...] = field(kw_only=True)
+    stride: tuple[int, ...] = field(kw_only=True)
+    padding: tuple[int, ...] = field(kw_only=True)
+    dilation: tuple[int, ...] = field(kw_only=True)
+    ceil_mode: bool = field(default=False, kw_only=True)
+    count_include_pad: bool = field(default=True, kw_only=True)
+    divisor: int | None = field(default=None, kw_only=True)
+
+
+@dataclass(frozen=True)
+class Reduce(Node):
+    """A mean (its 1/n raised to the power) or a sum over ``dims``."""
+
+    kind: str = field(kw_only=True)  # "mean" | "sum"
+    dims: tuple[int, ...] = field(kw_only=True)
+    keepdim: bool = field(kw_only=True)
+
+
+@dataclass(frozen=True)
+class Wire(Node):
+    """Any other fixed linear map: reshape, permute, slice, cat, pad, expand, interpolate.
+
+    ``concat_dim`` marks a concatenation, so that its inputs' exponents are aligned and class maps refined.
+    """
+
+    apply: WireMap = field(kw_only=True)
+    concat_dim: int | None = field(default=None, kw_only=True)
+
+
+@dataclass(frozen=True)
+class Sum(Node):
+    """A sum of flows: the end of a skip connection. Its inputs broadcast."""
+
+
+@dataclass(frozen=True)
+class Product(Node):
+    """A product of two flows, each seeing the other held fixed, half to each: ``(a [b] + [a] b) / 2``.
+
+    So both factors are scored and the flow is conserved.
+    """

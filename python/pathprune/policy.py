@@ -1,0 +1,48 @@
+"""Policies: what the published code and the pure definition of a path disagree on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What the published code and the pure definition of a path disagree on.
+
+    Attributes:
+        biases: ``flow`` (paths that begin at a constant unit, ``|b|^p``) or ``drop``; also positional embeddings.
+        batch_norm: ``affine`` (frozen, ``(|gamma| / sqrt(var + eps))^p``, its shift a bias) or ``identity``.
+        max_pool: ``winner`` (first index on ties) or ``sum`` over the window.
+        norm: norms without running statistics: ``flow`` (divide by the RMS of the flow, held fixed) or ``unit``.
+    """
+
+    biases: str = "flow"
+    batch_norm: str = "affine"
+    max_pool: str = "winner"
+    norm: str = "flow"
+
+    def __post_init__(self) -> None:
+        allowed = {
+            "biases": ("flow", "drop"),
+            "batch_norm": ("affine", "identity"),
+            "max_pool": ("winner", "sum"),
+            "norm": ("flow", "unit"),
+        }
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"Policy: {name}: wanted one of {values}, got {getattr(self, name)!r}")
+
+
+POLICIES = {
+    "published": Policy(),
+    "paths": Policy(biases="drop", max_pool="sum"),
+}
+
+
+def policy_of(policy: str | Policy, **overrides: str) -> Policy:
+    """A policy by name (``published``, ``paths``), single choices overridden."""
+    if isinstance(policy, str):
+        if policy not in POLICIES:
+            raise ValueError(f"policy: wanted one of {sorted(POLICIES)} or a Policy, got {policy!r}")
+        policy = POLICIES[policy]
+    return replace(policy, **overrides) if overrides else policy

@@ -1,0 +1,346 @@
+"""The loop every pruner shares: score, select, cut, repeat."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..flow import PathFlow
+from ..network import PathNetwork
+from ..nodes import Synapse
+from ..ops import WeightMap
+from ..policy import Policy, policy_of
+from ..select import Bracket, Real, Threshold, select
+from ..weights import Scratch, Weight
+
+Scorer = Callable[[Bracket | None], float | None]
+"""Makes the scores of every scored weight under its present mask; returns log2 R where there is one."""
+
+
+@dataclass(frozen=True)
+class Pruner:
+    """Configuration of a method. Pruners hold no state and no randomness: the seed is an argument of ``prune``."""
+
+    rounds: int = field(default=1, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1:
+            raise ValueError(f"{type(self).__name__}: rounds: wanted at least 1, got {self.rounds}")
+
+    @property
+    def wants_merged_positions(self) -> bool:
+        """Whether equal positions of a constant source may be computed once (see ``spatial``)."""
+        return False
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__
+
+    @property
+    def maps(self) -> tuple[WeightMap, WeightMap]:
+        """Weight maps of flow and score."""
+        return WeightMap.ABS, WeightMap.ABS
+
+    def scorer(self, network: PathNetwork, weights: Mapping[str, Weight], seed: int) -> Scorer:
+        """Binds the method to a network and the weights to be scored."""
+        raise NotImplementedError(type(self).__name__)
+
+    def config(self) -> dict[str, Any]:
+        """What is worth writing beside a mask."""
+        return {key: value for key, value in self.__dict__.items() if isinstance(value, (int, float, str, bool))}
+
+
+@dataclass(frozen=True)
+class PathPruner(Pruner):
+    """A method whose score is the sum over paths through a weight."""
+
+    rounds: int = field(default=100, kw_only=True)
+    policy: str | Policy = field(default="published", kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        policy_of(self.policy)
+
+    def source(self) -> Tensor | None:
+        """The flow at the inputs; None for ones."""
+        return None
+
+    @property
+    def wants_merged_positions(self) -> bool:
+        return self.source() is None
+
+    def scorer(self, network: PathNetwork, weights: Mapping[str, Weight], seed: int) -> Scorer:
+        flow = PathFlow(network, weights, f=self.maps[0], policy=policy_of(self.policy), source=self.source())
+
+        def score(guess: Bracket | None) -> float:
+            total = float(flow.forward()[0])
+            for weight in weights.values():
+                weight.compact_when_sparse()
+            flow.backward(guess)
+            return total
+
+        return score
+
+
+def weights_of(
+    network: PathNetwork,
+    names: Sequence[str],
+    maps: tuple[WeightMap, WeightMap],
+    *,
+    masks: Mapping[str, Tensor] | None = None,
+    tensors: Mapping[str, Tensor] | None = None,
+    compact: float = 0.0,
+) -> dict[str, Weight]:
+    """A :class:`Weight` for every tensor the network's synapses use; those in ``names`` are scored.
+
+    Args:
+        masks: bool tensors of weights that are left.
+        tensors: in place of the network's own, ``[E, *shape]`` each: an ensemble.
+        compact: density below which streamed weights are packed.
+
+    Raises:
+        ValueError: NaN or infinite weights, with the tensor's name.
+    """
+    scratch = Scratch()
+    synapses = [network.nodes[k] for k in network.synapses()]
+    weights: dict[str, Weight] = {}
+    for node in synapses:
+        assert isinstance(node, Synapse)
+        if node.weight in weights:
+            continue
+        tensor = (tensors or network.tensors)[node.weight].detach()
+        check_finite(node.weight, tensor)
+        weights[node.weight] = Weight(
+            node.weight,
+            tensor,
+            node,
+            f=maps[0],
+            s=maps[1],
+            uses=sum(isinstance(n, Synapse) and n.weight == node.weight for n in synapses),
+            scored=node.weight in names,
+            mask=masks.get(node.weight) if masks else None,
+            ensemble=tensors is not None,
+            compact=compact,
+            scratch=scratch,
+        )
+    return weights
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raises ValueError for NaN or infinite weights."""
+    if tensor.numel() == 0:
+        raise ValueError(f"prune: weight '{name}': wanted at least one element, got shape {tuple(tensor.shape)}")
+    low, high = torch.aminmax(tensor)
+    if not (math.isfinite(float(low)) and math.isfinite(float(high))):
+        raise ValueError(f"prune: weight '{name}': wanted finite values, got NaN or infinite ones")
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Over which sets of weights the scores compete.
+
+    ``kind``: ``global``; ``layer`` (each tensor, by ``densities``); ``row`` (each output unit); ``n:m`` (n of every m
+    weights along the input axis).
+    """
+
+    kind: str
+    n: int = 0
+    m: int = 0
+
+    @staticmethod
+    def of(text: str) -> Scope:
+        if text in ("global", "layer", "row"):
+            return Scope(text)
+        parts = text.split(":")
+        if len(parts) == 2 and all(part.isdigit() for part in parts) and 0 < int(parts[0]) < int(parts[1]):
+            return Scope("n:m", int(parts[0]), int(parts[1]))
+        raise ValueError(f"scope: wanted 'global', 'layer', 'row' or 'n:m' such as '2:4', got {text!r}")
+
+
+@dataclass
+class Round:
+    """What happened in one round."""
+
+    kept: int
+    log2_total: float | None
+    threshold: Real | None
+    seconds: float
+
+
+class Selection:
+    """Cuts the weights to a density, round after round, and guesses the next threshold from the last ones."""
+
+    def __init__(
+        self,
+        weights: Mapping[str, Weight],
+        names: Sequence[str],
+        scope: Scope,
+        count: str = "exact",
+        allow_regrowth: bool = False,
+    ) -> None:
+        self.weights = [weights[name] for name in names]
+        self.scope, self.count, self.allow_regrowth = scope, count, allow_regrowth
+        self.total = sum(weight.shape.numel() for weight in self.weights)
+        self._forecast = Forecast()
+        self._guess: Bracket | None = None
+
+    def guess(self, density: float) -> Bracket | None:
+        """A bracket around the threshold of the round that goes to ``density``."""
+        usable = self.scope.kind == "global" and not self.allow_regrowth
+        self._guess = self._forecast.bracket(density) if usable else None
+        return self._guess
+
+    def cut(self, keep: int, shares: Mapping[str, int]) -> Real | None:
+        """Cuts to ``keep`` weights in all, or to ``shares`` of each layer. Returns the global threshold."""
+        if self.allow_regrowth:
+            for weight in self.weights:
+                weight.allow_return()
+        if self.scope.kind in ("row", "n:m"):
+            for weight in self.weights:
+                self._cut_rows(weight, shares[weight.name])
+            return None
+        if self.scope.kind == "layer":
+            for weight in self.weights:
+                weight.cut(self._threshold([weight], shares[weight.name], None), 0)
+            return None
+        threshold = self._threshold(self.weights, keep, self._guess)
+        for position, weight in enumerate(self.weights):
+            weight.cut(threshold, position)
+        self._forecast.observe(keep / self.total, threshold.value)
+        return threshold.value
+
+    def _threshold(self, weights: Sequence[Weight], keep: int, guess: Bracket | None) -> Threshold:
+        sources = [weight.scores for weight in weights]
+        collected = None
+        if guess is not None and any(weight.collected is not None for weight in weights):
+            collected = [w.collected or w.scores.collect(guess, w.scores.capacity) for w in weights]
+        if self.count == "exact":
+            return select(sources, keep, guess, collected)
+        return self._published(sources, keep, guess, collected)
+
+    @staticmethod
+    def _published(sources: Any, keep: int, guess: Bracket | None, collected: Any) -> Threshold:
+        """The published rule: the k-th smallest of all scores, pruned ones (0) included; all scores up to it go."""
+        everything = sum(source.numel for source in sources)
+        live = sum(source.numel if source.mask is None else int(ops.mask_count(source.mask)) for source in sources)
+        if keep == everything:  # k < 1: nothing happens
+            return Threshold(Real(-math.inf, 0))
+        if keep + 1 > live:
+            return Threshold(Real(0.0, 0), tie_tensor=-1)
+        return Threshold(select(sources, keep + 1, guess, collected).value, tie_tensor=-1)
+
+    def _cut_rows(self, weight: Weight, keep_in_row: int) -> None:
+        made = weight.written_scores()
+        bits = weight.bits().reshape(weight.groups, -1, weight.columns)
+        scores = made.weight.double().masked_fill(~bits.to(made.weight.device), -math.inf)
+        n, columns = keep_in_row, weight.columns
+        if self.scope.kind == "n:m":
+            n = self.scope.n
+            if columns % self.scope.m:
+                raise ValueError(
+                    f"scope: '{weight.name}': wanted {columns} inputs to be a multiple of {self.scope.m} for "
+                    f"{self.scope.n}:{self.scope.m}; exclude it"
+                )
+            scores = scores.unflatten(-1, (-1, self.scope.m))
+        order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :n]
+        kept = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device).scatter_(-1, order, True)
+        weight.set_mask(kept.reshape(weight.shape))
+
+
+class Forecast:
+    """The next threshold from the last ones.
+
+    Its logarithm is continued by a line or a parabola, over the rounds (an exponential schedule late) or over the
+    logarithm of what is gone (small scores are spread evenly, so early thresholds grow with it): whichever came
+    closer lately, give or take twice the error it made.
+    """
+
+    _WAYS = ((0, 2), (0, 3), (1, 2), (1, 3))  # (coordinate, points)
+
+    def __init__(self) -> None:
+        self._points: list[tuple[tuple[float, float], float]] = []  # (coordinates, log2 threshold), newest first
+        self._errors: dict[int, float] = {}
+
+    def _place(self, density: float) -> tuple[float, float]:
+        rounds = self._points[0][0][0] + 1 if self._points else 0.0
+        return rounds, math.log(max(1.0 - density, 1e-12))
+
+    def _continued(self, which: int, density: float) -> float | None:
+        """Lagrange's polynomial through the last points."""
+        axis, count = self._WAYS[which]
+        points = [(place[axis], level) for place, level in self._points[:count]]
+        x = self._place(density)[axis]
+        if len(points) < count or len({at for at, _ in points}) < count:
+            return None
+        total = 0.0
+        for k, (at, level) in enumerate(points):
+            others = [other for j, (other, _) in enumerate(points) if j != k]
+            total += level * math.prod((x - other) / (at - other) for other in others)
+        return total
+
+    def bracket(self, density: float) -> Bracket | None:
+        """An interval that probably holds the threshold of that density; None while there is nothing to judge by."""
+        ways = {which: self._continued(which, density) for which in self._errors}
+        known = {which: centre for which, centre in ways.items() if centre is not None}
+        if not known:
+            return None
+        best = min(known, key=lambda which: self._errors[which])
+        width = min(max(2.0 * self._errors[best], 0.002), 0.5)
+        return Bracket(_power(known[best] - width), _power(known[best] + width))
+
+    def observe(self, density: float, threshold: Real) -> None:
+        """Takes in the threshold that was found."""
+        level = threshold.log2()
+        if not math.isfinite(level):
+            self._points.clear()
+            self._errors.clear()
+            return
+        for which in range(len(self._WAYS)):
+            expected = self._continued(which, density)
+            if expected is not None:
+                self._errors[which] = max(abs(level - expected), 0.6 * self._errors.get(which, 0.0))
+        self._points = [(self._place(density), level), *self._points[:2]]
+
+
+def _power(level: float) -> Real:
+    whole = math.floor(level)
+    return Real.of(2.0 ** (level - whole), whole)
+
+
+def run(
+    scorer: Scorer,
+    selection: Selection,
+    plan: Sequence[tuple[float, int | None]],
+    layer_plan: Callable[[float], Mapping[str, float]],
+    on_snapshot: Callable[[int], None],
+    *,
+    tick: Callable[[Round], None] = lambda _: None,
+) -> Iterator[Round]:
+    """Runs the rounds of ``plan`` (see ``schedules.rounds_of``), yielding what each did.
+
+    ``on_snapshot(which)`` is called when the masks of the which-th density are complete.
+    """
+    for density, which in plan:
+        began = time.perf_counter()
+        total = scorer(selection.guess(density))
+        if selection.count == "published":
+            keep = selection.total - int((1.0 - density) * selection.total)
+        else:
+            keep = round(selection.total * density)
+        shares = {}
+        for weight in selection.weights:
+            size = weight.columns if selection.scope.kind in ("row", "n:m") else weight.shape.numel()
+            shares[weight.name] = max(round(size * layer_plan(density)[weight.name]), 1 if size else 0)
+        threshold = selection.cut(keep, shares)
+        if which is not None:
+            on_snapshot(which)
+        done = Round(keep, total, threshold, time.perf_counter() - began)
+        tick(done)
+        yield done

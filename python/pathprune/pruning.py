@@ -1,0 +1,186 @@
+"""``prune``: a model, a pruner and a density in, masks out; the model is not changed."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import resource
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._mask_io import base_hash
+from .liveness import Reach, reach
+from .masks import Masks
+from .network import PathNetwork
+from .pruners.base import Pruner, Round, Scope, Selection, run, weights_of
+from .schedules import layer_densities, rounds_of
+from .spatial import merge_equal_positions
+from .version import __version__
+
+
+def prune(
+    model: nn.Module | PathNetwork,
+    pruner: Pruner,
+    *,
+    density: float | Sequence[float] | None = None,
+    sparsity: float | Sequence[float] | None = None,
+    example_input: Any = None,
+    scope: str = "global",
+    allocation: str | Mapping[str, float] = "uniform",
+    schedule: str = "exponential",
+    seed: int = 0,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] = (),
+    count: str = "exact",
+    allow_regrowth: bool = False,
+    compact: bool | float = True,
+    progress: bool | None = None,
+) -> Masks | list[Masks]:
+    """Masks that keep the best weights of ``model`` at a density. The model, its mode, gradients and RNG stay as is.
+
+    Args:
+        model: any module ``torch.export`` accepts, or its :class:`PathNetwork`.
+        pruner: ``SynFlow()``, ``Magnitude()``, ... : configuration only.
+        density: fraction of prunable weights kept, in (0, 1]; or a descending list: one schedule passes through all.
+        sparsity: fraction removed, in [0, 1); exactly one of the two is given (neither for n:m, which fixes it).
+        example_input: tensor, tuple or kwargs the model accepts; not needed for a ``PathNetwork``.
+        scope: what competes: ``global``, ``layer``, ``row`` (each output unit), or ``n:m`` such as ``2:4``.
+        allocation: for ``scope="layer"``: ``uniform``, ``erdos_renyi_kernel``, ``smart_ratio``, or densities by name.
+        schedule: ``exponential``, ``linear`` or ``one-shot``.
+        seed: of pruners that draw; the only source of chance.
+        include, exclude: name patterns of the weights that may be pruned; the others stay whole and are not counted.
+        count: ``exact``: exactly the right number stays, ties kept in order; ``published``: the published loop's int
+            arithmetic, all ties at the threshold removed.
+        allow_regrowth: whether a pruned weight may return in a later round.
+        compact: pack weights once fewer than this fraction is left (True: 1/4); memory for speed.
+        progress: a progress bar on stderr; None: when it is a terminal.
+
+    Returns:
+        :class:`Masks`, or a list of them for a list of densities. ``masks.metadata["findings"]`` has what happened.
+
+    Raises:
+        ValueError: bad arguments, NaN or infinite weights or scores, no prunable weight.
+        UnsupportedModelError: the model cannot be read; names module and operator.
+
+    Determinism: the same weights, arguments and seed give the same masks, on any number of threads.
+    """
+    began = time.perf_counter()
+    area = Scope.of(scope)
+    densities = _densities(density, sparsity, area)
+    if count not in ("exact", "published"):
+        raise ValueError(f"prune: count: wanted 'exact' or 'published', got {count!r}")
+    if not isinstance(pruner, Pruner):
+        raise TypeError(f"prune: pruner: wanted a pruner such as SynFlow(), got {type(pruner).__name__}")
+    network = as_network(model, example_input)
+    names = network.select(include, exclude)
+    quick = merge_equal_positions(network) if pruner.wants_merged_positions else network
+    share = (0.25 if compact else 0.0) if isinstance(compact, bool) else float(compact)
+    weights = weights_of(quick, names, pruner.maps, compact=0.0 if allow_regrowth else share)
+    selection = Selection(weights, names, area, count, allow_regrowth)
+    plan = rounds_of(schedule, densities, 1 if schedule == "one-shot" and len(densities) == 1 else pruner.rounds)
+    shapes = {name: network.tensors[name].shape for name in names}
+
+    snapshots: list[dict[str, tuple[Tensor, torch.Size]]] = []
+    structures: list[Reach] = []
+    reachable = quick if pruner.wants_merged_positions else merge_equal_positions(network)
+
+    def snapshot(which: int) -> None:
+        snapshots.append({name: (weights[name].packed_bits(), shapes[name]) for name in names})
+        structures.append(reach(reachable, weights))
+
+    kind = allocation if area.kind == "layer" else "uniform"
+    rounds: list[Round] = []
+    finished: list[int] = []
+    scorer = pruner.scorer(quick, weights, seed)
+    steps = run(scorer, selection, plan, lambda d: layer_densities(kind, shapes, d), snapshot)
+    for done in _with_progress(steps, len(plan), pruner.name, progress):
+        rounds.append(done)
+        if len(snapshots) > len(finished):
+            finished.append(len(rounds))
+    hashed = base_hash(network.model, names) if network.model is not None else None
+    asked = {"density": density, "sparsity": sparsity, "scope": scope, "schedule": schedule, "count": count}
+    results = []
+    for bits, structure, stop in zip(snapshots, structures, finished, strict=True):
+        metadata = {
+            "method": pruner.name,
+            "config": {**pruner.config(), **{k: v for k, v in asked.items() if v is not None}},
+            "seed": seed,
+            "version": __version__,
+            "base_hash": hashed,
+            "findings": {
+                **_findings(rounds[:stop], network, time.perf_counter() - began),
+                "structure": structure.as_dict(),
+            },
+        }
+        results.append(Masks.from_packed(bits, metadata))
+    return results if isinstance(density if density is not None else sparsity, (list, tuple)) else results[0]
+
+
+def as_network(model: nn.Module | PathNetwork, example_input: Any) -> PathNetwork:
+    """A path network as it is; a module by way of ``PathNetwork.from_module``."""
+    if isinstance(model, PathNetwork):
+        if not model.outputs:
+            raise ValueError("prune: model: wanted a PathNetwork with outputs (set_outputs), got none")
+        return model
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"prune: model: wanted a module or PathNetwork, got {type(model).__name__}")
+    if example_input is None:
+        raise ValueError("prune: example_input: wanted an input the model accepts, got None")
+    return PathNetwork.from_module(model, example_input)
+
+
+def _densities(density: Any, sparsity: Any, scope: Scope) -> list[float]:
+    if scope.kind == "n:m":
+        if density is not None or sparsity is not None:
+            raise ValueError(f"prune: density: scope '{scope.n}:{scope.m}' fixes it; give neither density nor sparsity")
+        return [scope.n / scope.m]
+    if (density is None) == (sparsity is None):
+        got = "neither" if density is None else "both"
+        raise ValueError(f"prune: wanted exactly one of density (kept) and sparsity (removed), got {got}")
+    given = density if density is not None else sparsity
+    values = [float(v) for v in given] if isinstance(given, (list, tuple)) else [float(given)]
+    densities = values if density is not None else [1.0 - v for v in values]
+    if not densities:
+        raise ValueError("prune: density: wanted at least one value, got an empty list")
+    for value, kept in zip(values, densities, strict=True):
+        if not (math.isfinite(value) and 0.0 < kept <= 1.0):
+            name, interval = ("density", "(0, 1]") if density is not None else ("sparsity", "[0, 1)")
+            raise ValueError(f"prune: {name}: wanted a fraction in {interval}, got {value}")
+    if any(b >= a for a, b in itertools.pairwise(densities)):
+        raise ValueError(f"prune: density: wanted a list of densities that descend, got {densities}")
+    return densities
+
+
+def _with_progress(steps: Any, total: int, name: str, progress: bool | None) -> Any:
+    """The steps, with a bar if there is someone to see it."""
+    if progress is False:
+        return steps
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return steps
+    return tqdm(steps, total=total, desc=name, unit="round", disable=None if progress is None else False)
+
+
+def _findings(rounds: Sequence[Round], network: PathNetwork, seconds: float) -> dict[str, Any]:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    last = rounds[-1]
+    return {
+        "rounds": len(rounds),
+        "kept": [r.kept for r in rounds],
+        "seconds": round(seconds, 3),
+        "seconds_per_round": round(sum(r.seconds for r in rounds) / len(rounds), 5),
+        "peak_memory_bytes": peak * (1 if sys.platform == "darwin" else 1024),
+        "log2_R_first": rounds[0].log2_total,
+        "log2_R_last": last.log2_total,
+        "log2_threshold": last.threshold.log2() if last.threshold and math.isfinite(last.threshold.log2()) else None,
+        "log2_thresholds": [
+            r.threshold.log2() if r.threshold and math.isfinite(r.threshold.log2()) else None for r in rounds
+        ],
+        "unreached": list(network.unreached),
+    }

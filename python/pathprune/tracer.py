@@ -1,0 +1,352 @@
+"""From an unmodified ``nn.Module`` to nodes: reads the graph of ``torch.export`` once, rule by rule."""
+
+from __future__ import annotations
+
+import operator as python_operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
+
+from .nodes import Expression, Input, Node, Tensors, WireMap
+from .rules import RULES, RuleError
+
+if TYPE_CHECKING:
+    from .network import PathNetwork
+
+
+class UnsupportedModelError(ValueError):
+    """The model cannot be read as a path network; the message names module, operator and rule to add."""
+
+
+class Tracer:
+    """Walks an exported graph and lets the rules add nodes to ``net``.
+
+    A value of the graph is either a *flow* (it depends on a model input: an index into ``net.nodes``) or a *constant*
+    (computed from parameters, buffers and literals: an expression evaluated when it is needed, so that the network
+    follows the model's present weights).
+    """
+
+    def __init__(self, net: PathNetwork, program: torch.export.ExportedProgram, canonical: Mapping[str, str]) -> None:
+        self.net = net
+        self.graph = program.graph
+        self._flows: dict[fx.Node, Any] = {}  # fx node -> node index, or list of them
+        self._names: dict[fx.Node, str] = {}  # fx placeholder -> tensor name
+        self._literals: dict[fx.Node, Tensor] = {}  # integer and boolean model inputs, lifted constants
+        self._position = {node: k for k, node in enumerate(self.graph.nodes)}
+        specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs if hasattr(spec.arg, "name")}
+        examples = iter(tree_leaves(program.example_inputs))
+        for node in self.graph.nodes:
+            if node.op != "placeholder":
+                continue
+            spec = specs[node.name]
+            if spec.kind == torch.export.graph_signature.InputKind.USER_INPUT:
+                self._enter_input(node, next(examples))
+            elif spec.target in canonical:
+                self._names[node] = canonical[spec.target]
+            else:
+                self._literals[node] = program.constants[spec.target]
+
+    def _enter_input(self, node: fx.Node, example: Any) -> None:
+        if not isinstance(example, Tensor):
+            return
+        if example.is_floating_point():
+            self._flows[node] = self.net.add(Input((), example.shape, name=node.name, where=f"input {node.name}"))
+        else:
+            self._literals[node] = example
+
+    def run(self) -> None:
+        """Explains every node of the graph, and marks the outputs."""
+        for node in self.graph.nodes:
+            if node.op == "call_function":
+                self._explain(node)
+            elif node.op == "output":
+                leaves = [a for a in tree_leaves(node.args) if isinstance(a, fx.Node)]
+                flows = [self._flows[a] for a in leaves if a in self._flows]
+                if not flows:
+                    raise UnsupportedModelError("no output of the model depends on a floating-point input")
+                self.net.outputs = tuple(flows)
+
+    def _explain(self, node: fx.Node) -> None:
+        if node.target is python_operator.getitem:
+            source, index = cast("tuple[fx.Node, int]", node.args)
+            part = self._flows[source][index] if source in self._flows else None
+            if part is not None:
+                self._flows[node] = part
+            return
+        name, schema = self.operator(node), getattr(node.target, "_schema", None)
+        reads_flow = any(argument in self._flows for argument in node.all_input_nodes)
+        try:
+            if schema is not None and schema.is_mutable:
+                self._check_views(node)
+            if not (reads_flow or name == "embedding") or (schema is not None and not schema.returns):
+                return  # a constant, evaluated when a rule asks for it; or an assertion
+            if schema is None or name not in RULES:
+                raise RuleError("no rule for this operator")
+            self._flows[node] = RULES[name](self, node, self._bind(node))
+        except RuleError as error:
+            raise UnsupportedModelError(
+                f"PathNetwork: operator aten.{name} in module {self.module_path(node)}: {error}; to support it, write "
+                f"a rule for '{name}' in pathprune/rules.py (PathNetwork.support_report(model) lists every operator)"
+            ) from error
+
+    def _check_views(self, node: fx.Node) -> None:
+        """An in-place operator is read as a value: no other view of the memory it changes may be read afterwards."""
+        if RULES.get(self.operator(node)) in (RULES["relu"], RULES["dropout"]):  # the identity on path flow
+            return
+        now, memory = self._position[node], _memory(node.args[0])
+        for view, position in self._position.items():
+            is_older = position < now and view is not node.args[0] and _memory(view) is memory
+            if is_older and any(self._position[user] > now for user in view.users):
+                raise RuleError("changes a tensor in place while views of it are used later")
+
+    # What rules ask of the graph.
+
+    def add(self, new: Node, node: fx.Node) -> int:
+        """Adds a path node that stands for ``node``; returns its index."""
+        return self.net.add(_located(new, f"{self.module_path(node)} ({self.operator(node)})"))
+
+    def is_flow(self, value: Any) -> bool:
+        return isinstance(value, fx.Node) and value in self._flows
+
+    def flow(self, value: Any) -> int:
+        """The index of the path node that carries ``value``."""
+        if not self.is_flow(value):
+            raise RuleError("expects a value that depends on the model's input")
+        index = self._flows[value]
+        if not isinstance(index, int):
+            raise RuleError("a value with several parts is used as one")
+        return index
+
+    def weight(self, value: Any, prunable: bool = True) -> str:
+        """The name of the parameter that ``value`` is; registers it with the network."""
+        name = self._names.get(value) if isinstance(value, fx.Node) else None
+        if name is None:
+            raise RuleError("the weight is computed by the model, not a parameter")
+        self.net.add_weight(name, prunable=prunable)
+        return name
+
+    def weight_or_transpose(self, value: Any) -> tuple[str, bool]:
+        """The parameter that ``value`` is, or is the transpose of."""
+        if isinstance(value, fx.Node) and value.op == "call_function" and len(self.shape(value)) == 2:
+            name, source = self.operator(value), value.args[0]
+            axes: Any = value.args[1:]
+            if name in ("t", "numpy_T", "mT"):
+                return self.weight(source), True
+            if name == "permute":
+                return self.weight(source), axes[0][0] % 2 == 1
+            if name in ("transpose", "swapaxes"):
+                return self.weight(source), axes[0] % 2 != axes[1] % 2
+        return self.weight(value), False
+
+    def constant(self, value: Any) -> Expression:
+        """``value`` as a function of the model's tensors."""
+        if not isinstance(value, fx.Node):
+            number = torch.tensor(float(value), dtype=torch.float64)
+            return lambda tensors: number
+        if value in self._names:
+            name = self._names[value]
+            self.net.add_tensor(name)
+            return lambda tensors: tensors[name]
+        if value in self._literals:
+            literal = self._literals[value]
+            return lambda tensors: literal
+        if value.op != "call_function" or value in self._flows:
+            raise RuleError(f"expects a constant, got {value.name}")
+        if _draws(value):
+            raise RuleError(f"a constant that is random ({self.operator(value)})")
+        flat = {a: self.constant(a) for a in value.all_input_nodes}
+        changes = getattr(getattr(value.target, "_schema", None), "is_mutable", False)
+
+        def evaluate(tensors: Tensors) -> Tensor:
+            def resolve(a: Any) -> Any:
+                if not isinstance(a, fx.Node):
+                    return a
+                found = flat[a](tensors)
+                return found.clone() if changes and isinstance(found, Tensor) else found  # the model's stays as it is
+
+            with torch.no_grad():
+                return value.target(  # type: ignore[operator]
+                    *fx.node.map_aggregate(value.args, resolve),
+                    **fx.node.map_aggregate(value.kwargs, resolve),
+                )
+
+        return evaluate
+
+    def replay(self, node: fx.Node) -> WireMap:
+        """The operator itself as a map of its flow arguments, in the order of ``node.all_input_nodes``."""
+        flows = [a for a in node.all_input_nodes if a in self._flows]
+        fixed = {a: self.constant(a) for a in node.all_input_nodes if a not in self._flows}
+        tensors = self.net.tensors
+
+        def apply(xs: Sequence[Tensor], power: float) -> Any:
+            values: dict[fx.Node, Any] = dict(zip(flows, xs, strict=True))
+
+            def resolve(a: Any) -> Any:
+                if not isinstance(a, fx.Node):
+                    return a
+                return values[a] if a in values else fixed[a](tensors)
+
+            return node.target(  # type: ignore[operator]
+                *fx.node.map_aggregate(node.args, resolve), **fx.node.map_aggregate(node.kwargs, resolve)
+            )
+
+        return apply
+
+    def shape(self, node: Any) -> torch.Size:
+        return node.meta["val"].shape
+
+    def shapes(self, node: fx.Node) -> list[torch.Size]:
+        values = node.meta["val"]
+        return [value.shape for value in ([values] if isinstance(values, Tensor) else values)]
+
+    @staticmethod
+    def operator(node: fx.Node) -> str:
+        """The ATen name, without overload and the trailing underscore of in-place forms."""
+        return operator_name(node)
+
+    @staticmethod
+    def module_path(node: fx.Node) -> str:
+        return module_path(node)
+
+    @staticmethod
+    def _bind(node: fx.Node) -> dict[str, Any]:
+        """Arguments by schema name, defaults filled in."""
+        schema = node.target._schema  # type: ignore[union-attr]
+        bound: dict[str, Any] = {}
+        for k, argument in enumerate(schema.arguments):
+            if k < len(node.args):
+                bound[argument.name] = node.args[k]
+            elif argument.name in node.kwargs:
+                bound[argument.name] = node.kwargs[argument.name]
+            else:
+                bound[argument.name] = argument.default_value
+        return bound
+
+
+def _located(node: Node, where: str) -> Node:
+    return node if node.where else type(node)(**{**node.__dict__, "where": where})
+
+
+def _memory(node: Any) -> Any:
+    """The graph node whose memory ``node`` is, or is a view of."""
+    while isinstance(node, fx.Node) and node.op == "call_function":
+        returns = getattr(getattr(node.target, "_schema", None), "returns", [])
+        is_view = node.target is python_operator.getitem or (returns and returns[0].alias_info is not None)
+        if not is_view or not node.args:
+            break
+        node = node.args[0]
+    return node
+
+
+def _draws(node: fx.Node) -> bool:
+    """Whether an operator draws random numbers (dropout does not in eval mode)."""
+    tags = getattr(node.target, "tags", ())
+    return torch.Tag.nondeterministic_seeded in tags and RULES.get(operator_name(node)) is not RULES["dropout"]
+
+
+def operator_name(node: fx.Node) -> str:
+    """``aten.add_.Tensor`` -> ``add``."""
+    packet = getattr(node.target, "overloadpacket", node.target)
+    name = getattr(packet, "__name__", str(packet)).split(".")[-1]
+    return name.rstrip("_") if not name.startswith("__") else name
+
+
+def module_path(node: fx.Node) -> str:
+    """The qualified name of the module the operator was called in, and its class."""
+    stack = node.meta.get("nn_module_stack") or {}
+    if not stack:
+        return "the model itself"
+    path, kind = list(stack.values())[-1]
+    kind = kind if isinstance(kind, str) else kind.__name__
+    return f"'{path}' ({kind.rsplit('.', 1)[-1]})"
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode for the time of the export, every module's own flag restored after, also on an exception."""
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in flags:
+            module.training = False
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+def export(model: nn.Module, example_input: Any) -> torch.export.ExportedProgram:
+    """``torch.export`` of the model in eval mode for one sample; mode, buffers, gradients and RNG state are untouched.
+
+    Raises:
+        UnsupportedModelError: the model has data-dependent control flow, or does not accept ``example_input``.
+    """
+    args, kwargs = one_sample(example_input)
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    try:
+        with torch.random.fork_rng(devices=devices), _evaluating(model), torch.no_grad():
+            return torch.export.export(model, args, kwargs, strict=False)
+    except Exception as error:  # torch.export raises many types, user code any
+        summary = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        shapes = [tuple(a.shape) for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+        raise UnsupportedModelError(
+            f"PathNetwork: {type(model).__name__} could not be exported with an example_input of shape(s) {shapes}: "
+            f"{type(error).__name__}: {summary}. The forward must accept example_input and must not branch on values "
+            "of tensors (torch.export)"
+        ) from error
+
+
+def one_sample(example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """``example_input`` (tensor, tuple, or kwargs dict) as args and kwargs, cut to batch size 1."""
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    if isinstance(example_input, Mapping):
+        args, kwargs = (), dict(example_input)
+    elif isinstance(example_input, Tensor):
+        args, kwargs = (example_input,), {}
+    elif isinstance(example_input, (tuple, list)):
+        args, kwargs = tuple(example_input), {}
+    else:
+        raise TypeError(f"example_input: wanted a tensor, tuple or dict of kwargs, got {type(example_input).__name__}")
+    tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+    if not tensors:
+        raise ValueError("example_input: wanted at least one tensor, got none")
+    batch = tensors[0].shape[0] if tensors[0].dim() else None
+    if batch == 0:
+        raise ValueError(f"example_input: wanted at least one sample, got shape {tuple(tensors[0].shape)}")
+
+    def cut(a: Any) -> Any:
+        is_batched = isinstance(a, Tensor) and a.dim() > 0 and a.shape[0] == batch
+        return a[:1] if is_batched else a
+
+    return tuple(cut(a) for a in args), {key: cut(a) for key, a in kwargs.items()}
+
+
+def canonical_names(model: nn.Module) -> dict[str, str]:
+    """Every parameter and buffer name -> the name by which it is known: tied tensors are one, named first.
+
+    Tensors are tied when they are one object, or show the same memory in the same way.
+    """
+    first: dict[Any, str] = {}
+    names: dict[str, str] = {}
+    for tensors in (
+        model.named_parameters(remove_duplicate=False),
+        model.named_buffers(remove_duplicate=False),
+    ):
+        for name, tensor in tensors:
+            memory = (
+                tensor.untyped_storage().data_ptr(),
+                tensor.storage_offset(),
+                tensor.shape,
+                tensor.stride(),
+            )
+            names[name] = first.setdefault(memory if tensor.numel() else id(tensor), name)
+    return names
+
+
+def rule_of(name: str) -> Callable[..., Any] | None:
+    """The rule for an operator, or None."""
+    return RULES.get(name)

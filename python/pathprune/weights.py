@@ -1,0 +1,355 @@
+"""The weights of a network while they are scored and pruned: dense or packed values, 1-bit masks, cuts to come.
+
+Two ways through a weight tensor:
+
+* **streamed** (linear maps with few positions): flow and score are made from the weights as they pass by, so a round
+  reads them twice and writes one bit each. The cut of the last round is applied in the next forward read, by making
+  the last round's scores again from the flows it kept.
+* **written out** (convolutions, many positions): torch's own products on ``f(w) * mask``, and one score tensor that
+  lives from scoring until its cut.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from . import ops
+from ._mask_io import pack_bits
+from .nodes import Synapse
+from .ops import WeightMap
+from .select import Bracket, Collected, Scores, Threshold
+
+STREAMED_POSITIONS = 8  # positions up to which making products on the fly beats writing f(w) out
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A flow: the numbers ``tensor * 2^exponent``, the exponent an int64 tensor with one entry per ensemble member."""
+
+    tensor: Tensor
+    exponent: Tensor
+
+
+def power_of_two(exponent: Tensor, dtype: torch.dtype) -> Tensor:
+    """``2^exponent`` exactly, made from its bits; below the smallest normal number it is that number."""
+    if dtype == torch.float64:
+        return ((exponent.clamp(-1022, 1023) + 1023) << 52).view(torch.float64)
+    return ((exponent.clamp(-126, 127) + 127).to(torch.int32) << 23).view(torch.float32)
+
+
+class Scratch:
+    """Memory for one gradient at a time: fresh pages would cost as much as the product that fills them."""
+
+    def __init__(self) -> None:
+        self._flat: Tensor | None = None
+
+    def like(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """A contiguous tensor of that shape; what was in the last one is gone."""
+        if self._flat is None or self._flat.numel() < rows.numel() or self._flat.dtype != dtype:
+            self._flat = torch.empty(rows.numel(), dtype=dtype, device=rows.device)
+        return self._flat[: rows.numel()].view(rows.shape)
+
+
+class Weight:
+    """One weight tensor, read as rows ``[G, O, K]``, through rounds of scoring and cutting.
+
+    Args:
+        name: its parameter name.
+        tensor: the parameter, or ``[E, *shape]`` for an ensemble of E members.
+        synapse: how the network uses it (the first use, when tied).
+        uses: how many synapses share it.
+        f, s: weight maps of flow and score.
+        scored: whether it is to be pruned.
+        mask: bool tensor of the weights that are left; None means all.
+        ensemble: whether ``tensor`` has a leading ensemble axis.
+        compact: density below which the values that are left are packed (0: never).
+        scratch: memory shared with the other weights of the network.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        tensor: Tensor,
+        synapse: Synapse,
+        *,
+        f: WeightMap,
+        s: WeightMap,
+        uses: int = 1,
+        scored: bool = True,
+        mask: Tensor | None = None,
+        ensemble: bool = False,
+        compact: float = 0.0,
+        scratch: Scratch | None = None,
+    ) -> None:
+        self.name, self.shape, self.f, self.s = name, tensor.shape, f, s
+        self.uses, self.scored, self.form = uses, scored, synapse.form
+        self._pack_below = compact * tensor.numel()
+        self.members = tensor.shape[0] if ensemble else 1
+        self.groups = self.members * (synapse.groups if synapse.form in ("conv", "rows") else 1)
+        rows = tensor.shape[1 if ensemble else 0] * self.members // self.groups
+        self.dense: Tensor | None = tensor.detach().contiguous().reshape(self.groups, rows, -1)
+        self.columns = self.dense.shape[-1] if self.dense.numel() else 0
+        self.mask = None if mask is None else ops.mask_pack(mask.to(tensor.device).reshape(self.dense.shape))
+        self.packed: tuple[Tensor, Tensor, Tensor] | None = None  # values, layout, row_start
+        self.exponents = torch.zeros(self.members, dtype=torch.int64)  # of the written scores, one per member
+        self._scratch = scratch or Scratch()
+        self._effective: Tensor | None = None
+        self._scores: Scores | None = None
+        self._collected: Collected | None = None
+        self._cut: tuple[Threshold, int] | None = None
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the flow enters at the rows of the stored tensor."""
+        return self.form in ("linear_t", "conv_transpose")
+
+    def _source(self, x: Tensor | None, g: Tensor | None, exponent: int) -> Scores:
+        """The streamed scores made of flows at the columns (x) and at the rows (g)."""
+        weight, layout, row_start = self.dense, None, None
+        if self.packed is not None:
+            weight, layout, row_start = self.packed
+        assert weight is not None
+        return Scores(self.name, weight, self.columns, self.mask, x, g, self.s, exponent, layout, row_start)
+
+    def _packing(self) -> dict[str, object]:
+        return self._source(None, None, 0).packing()
+
+    def _stored(self) -> Tensor:
+        return self._source(None, None, 0).weight
+
+    # ------------------------------------------------------------------------------------------ forward flow
+
+    def streams(self, positions: int) -> bool:
+        """Whether flow and score are made on the fly for this many positions."""
+        return (
+            self.uses == 1
+            and self.members == 1
+            and positions <= STREAMED_POSITIONS
+            and self.form in ("linear", "linear_t", "rows")
+        )
+
+    def forward_rows(self, x: Tensor, turned: bool = False) -> Tensor:
+        """[G, T, in] -> [G, T, out]; applies a waiting cut on the way, in the same read where it can.
+
+        ``turned``: this use of a tied weight reads it the other way round than the first.
+        """
+        if not self.streams(x.shape[1]):
+            effective = self.effective().reshape(self.groups, -1, self.columns)
+            return _product(x, effective if self.transposed != turned else effective.transpose(1, 2))
+        waiting, kept = self._cut, self._scores
+        if waiting is None or kept is None or kept.x is None or self.transposed:
+            self.settle()
+            made = (self._stored(), self.mask, x, self.f, self.transposed)
+            return ops.path_flow_linear(*made, **self._packing())  # type: ignore[arg-type]
+        bounds = waiting[0].local(kept, waiting[1])
+        self._cut = self._scores = None
+        made_of = (kept.weight, self.mask, kept.x, kept.g, self.s)
+        return ops.path_flow_linear_prune_(*made_of, *bounds, x, self.f, **kept.packing())  # type: ignore[arg-type]
+
+    def effective(self) -> Tensor:
+        """``f(w) * mask`` in the tensor's own shape and the accumulate type, kept until the backward flow."""
+        self.settle()
+        if self._effective is None:
+            assert self.dense is not None
+            self._effective = ops.masked_weight(self.dense, self.mask, self.f).reshape(self.shape)
+        return self._effective
+
+    # ----------------------------------------------------------------------------------------- backward flow
+
+    def backward_rows(self, x: Scaled, g: Scaled, guess: Bracket | None, score: bool, turned: bool = False) -> Tensor:
+        """[G, T, out] -> [G, T, in]; with ``score``, makes the scores, counting against ``guess`` on the way."""
+        if not self.streams(x.tensor.shape[1]):
+            effective, transposed = (
+                self.effective().reshape(self.groups, -1, self.columns),
+                self.transposed != turned,
+            )
+            inward = _product(g.tensor, effective.transpose(1, 2) if transposed else effective)
+            if score and self.scored:
+                left, right = (x.tensor, g.tensor) if transposed else (g.tensor, x.tensor)
+                gradient = self._scratch.like(effective, effective.dtype)
+                _product(left.transpose(1, 2), right, out=gradient)
+                self.write_scores(gradient, x.exponent + g.exponent)
+            return inward
+        at_columns, at_rows = (g.tensor, x.tensor) if self.transposed else (x.tensor, g.tensor)
+        source = self._source(at_columns, at_rows, 0)
+        if score and self.scored:
+            source = replace(source, exponent=int(x.exponent + g.exponent))
+            self._scores, self._collected = source, None
+        if score and self.scored and guess is not None and not self.transposed:
+            made = (
+                source.weight,
+                self.mask,
+                source.x,
+                source.g,
+                self.f,
+                self.s,
+                *guess.local(source),
+                source.capacity,
+            )
+            inward, *found = ops.path_flow_linear_collect(*made, **source.packing())  # type: ignore[arg-type]
+            self._collected = Collected(*found)
+            return inward
+        onward = (source.weight, self.mask, g.tensor, self.f, not self.transposed)
+        return ops.path_flow_linear(*onward, **source.packing())  # type: ignore[arg-type]
+
+    def write_scores(self, gradient: Tensor, exponent: Tensor) -> None:
+        """Scores from the gradient of R with respect to f(w), ``[E, *shape]``; uses of a tied weight add up."""
+        gradient = gradient.reshape(self.groups, -1, self.columns)
+        assert self.dense is not None
+        if self.f == self.s and self._effective is not None and self.uses == 1:
+            factor, self._effective = self._effective.reshape(gradient.shape), None  # its last use: it is written to
+        else:
+            factor = ops.masked_weight(self.dense, self.mask, self.s)
+        self.take_scores(factor.mul_(gradient), exponent)
+
+    def take_scores(self, scores: Tensor, exponent: Tensor) -> None:
+        """Scores as they are, ``[E, *shape]`` times 2^exponent; uses of a tied weight add up."""
+        scores = scores.reshape(self.groups, -1, self.columns)
+        if self._scores is not None:
+            scores, exponent = _added(Scaled(self._scores.weight, self.exponents), Scaled(scores, exponent))
+        self.exponents = exponent
+        unit = int(exponent) if self.members == 1 else 0
+        self._scores = Scores(self.name, scores, self.columns, self.mask, exponent=unit)
+        self._collected = None
+
+    def replace_scores(self, scores: Tensor) -> None:
+        """Other scores in place of those made: ``[*shape]``, as they are."""
+        self._scores = None
+        self.take_scores(scores, torch.zeros(self.members, dtype=torch.int64))
+
+    def score_by_itself(self) -> None:
+        """Scores s(w), made of nothing but the weight."""
+        self.settle()
+        self._scores, self._collected = self._source(None, None, 0), None
+
+    def drop_effective(self) -> None:
+        """Frees ``f(w) * mask`` once the backward flow is through."""
+        self._effective = None
+
+    # ------------------------------------------------------------------------------------ selection and cuts
+
+    @property
+    def scores(self) -> Scores:
+        """The scores of the last backward flow."""
+        if self._scores is None:
+            raise RuntimeError(f"Weight.scores: '{self.name}' has not been scored since the last cut")
+        return self._scores
+
+    @property
+    def collected(self) -> Collected | None:
+        """What the backward flow already found in its guess."""
+        return self._collected
+
+    def written_scores(self) -> Scores:
+        """The scores as a tensor [G, O, K]."""
+        made = self.scores
+        if made.x is None and made.s == WeightMap.IDENTITY:
+            return made
+        parts = (made.weight, made.mask, made.x, made.g, made.s)
+        return Scores(
+            self.name,
+            ops.through_flow(*parts, **made.packing()),  # type: ignore[arg-type]
+            self.columns,
+            self.mask,
+            exponent=made.exponent,
+        )
+
+    def cut(self, threshold: Threshold, position: int) -> None:
+        """Makes a cut wait for the next forward flow, or for :meth:`settle`."""
+        if self.mask is None:
+            assert self.dense is not None
+            self.mask = _full_mask(self.dense)
+            self._scores = replace(self.scores, mask=self.mask)
+        self._cut = (threshold, position)
+
+    def settle(self) -> None:
+        """Applies a waiting cut now."""
+        if self._cut is not None:
+            threshold, position = self._cut
+            self._cut = None
+            self.scores.prune_(threshold, position)
+            self._scores = None
+
+    def forget(self) -> None:
+        """Drops the scores; with no cut waiting they are of no further use."""
+        if self._cut is None:
+            self._scores = self._collected = None
+
+    def set_mask(self, mask: Tensor) -> None:
+        """Replaces the mask by a bool tensor of the weight's shape."""
+        self._cut = self._scores = self._effective = None
+        self.mask = ops.mask_pack(mask.reshape(self.groups, -1, self.columns).contiguous())
+        if self.packed is not None and self.dense is None:
+            raise RuntimeError("Weight.set_mask: the dense weights are gone")
+
+    def live(self) -> int:
+        """Weights that are left, a waiting cut applied."""
+        self.settle()
+        if self.mask is None:
+            return self.shape.numel()
+        return int(ops.mask_count(self.mask))
+
+    def bits(self) -> Tensor:
+        """The mask as a bool tensor of the weight's shape."""
+        self.settle()
+        if self.mask is None:
+            return torch.ones(self.shape, dtype=torch.bool)
+        return ops.mask_unpack(self.mask, self.columns).reshape(self.shape)
+
+    def packed_bits(self) -> Tensor:
+        """The mask as flat little-endian bits, uint8 [ceil(n / 8)] on the CPU: how ``Masks`` stores it."""
+        self.settle()
+        if self.mask is not None and self.columns % 16 == 0:
+            return self.mask.cpu().view(torch.uint8).flatten().clone()
+        return pack_bits(self.bits().cpu())
+
+    def allow_return(self) -> None:
+        """Lets pruned weights compete again: every weight takes part in the next cut with the score it has."""
+        made = self.written_scores()
+        self.mask = None
+        self._scores = replace(made, mask=None)
+        self._collected = None
+
+    def compact_when_sparse(self) -> None:
+        """Packs the values that are left once they are few, and again when half of the packed ones are gone."""
+        if self._pack_below == 0 or self.mask is None or self._cut is not None or self._effective is not None:
+            return
+        live = int(ops.mask_count(self.mask))
+        if live >= self._pack_below:
+            return
+        values, row_start = ops.compact_weight(self._stored(), self.mask, **self._packing())  # type: ignore[arg-type]
+        self.packed = (values, self.mask.clone(), row_start)
+        self._pack_below = live // 2
+
+
+def _full_mask(rows: Tensor) -> Tensor:
+    """Row words with every bit of [G, O, K] set."""
+    columns = rows.shape[-1]
+    mask = torch.full((*rows.shape[:-1], -(-columns // 16)), -1, dtype=torch.int16, device=rows.device)
+    if columns % 16:
+        mask[..., -1] = (1 << columns % 16) - 1
+    return mask
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """[G, M, N] = [G, M, L] @ [G, L, N]; a single group goes through the faster plain product."""
+    if a.shape[0] != 1:
+        return torch.bmm(a, b, out=out)
+    if out is None:
+        return torch.mm(a[0], b[0])[None]
+    torch.mm(a[0], b[0], out=out[0])
+    return out
+
+
+def _added(first: Scaled, second: Scaled) -> tuple[Tensor, Tensor]:
+    """The sum of two score tensors [G, O, K], member by member at the larger exponent."""
+    top = torch.maximum(first.exponent, second.exponent)
+    total = torch.zeros_like(second.tensor)
+    for part in (first, second):
+        by_member = part.tensor.unflatten(0, (top.numel(), -1))
+        factor = power_of_two(part.exponent - top, total.dtype).reshape(-1, 1, 1, 1)
+        total += (by_member * factor).flatten(0, 1)
+    return total, top
