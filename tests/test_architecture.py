@@ -1,0 +1,90 @@
+"""The house: imports only go down, and the kernels know nothing of torch."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "python" / "pathprune"
+
+FLOORS = [
+    {
+        "version",
+        "_library",
+        "checks",
+        "nodes",
+        "_mask_io",
+        "models",
+        "tables",
+        "data",
+        "loading",
+        "schedules",
+        "policy",
+    },
+    {"reference", "pooling", "plots", "info"},
+    {"ops", "rules", "tracer", "masks"},
+    {"network", "select"},
+    {"weights"},
+    {"flow"},
+    {"liveness", "spatial"},
+    {"pruners"},
+    {"pruning"},
+    {"report", "scoring"},
+    {"cli", "demo"},
+]
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def floor(name: str) -> int:
+    for height, rooms in enumerate(FLOORS):
+        if name in rooms:
+            return height
+    raise AssertionError(f"'{name}' has no floor: enter it in FLOORS")
+
+
+def imported(path: Path) -> set[str]:
+    """Rooms of the package that a file imports when it is loaded (imports inside functions are not)."""
+    tree = ast.parse(path.read_text())
+    found = set()
+    checks = [node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)]
+    guarded = {id(node) for check in checks for node in ast.walk(check)}
+    for node in tree.body:
+        for inner in ast.walk(node) if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) else ():
+            if not isinstance(inner, ast.ImportFrom) or id(inner) in guarded:
+                continue
+            depth = len(path.relative_to(PACKAGE).parts) - 1
+            if inner.level == depth + 1:
+                found |= {inner.module.split(".")[0]} if inner.module else {alias.name for alias in inner.names}
+            elif inner.level == 0 and (inner.module or "").startswith("pathprune."):
+                found.add(inner.module.split(".")[1])
+    return found
+
+
+def test_imports_only_go_down():
+    for path in PACKAGE.rglob("*.py"):
+        own = room(path)
+        if own in ("__init__", "__main__"):
+            continue
+        for other in imported(path) - {own}:
+            assert floor(other) <= floor(own), f"{path.name} (floor {floor(own)}) imports {other} ({floor(other)})"
+
+
+def test_kernels_do_not_know_torch():
+    for path in [
+        *(ROOT / "csrc/core").glob("*"),
+        *(ROOT / "csrc/ops").glob("*.h"),
+        *(ROOT / "csrc/ops").glob("*.cu"),
+    ]:
+        includes = re.findall(r'#include\s+[<"]([^">]+)', path.read_text())
+        assert not [name for name in includes if name.startswith(("torch/", "ATen/", "c10/"))], path
+
+
+def test_no_room_is_too_large():
+    files = [*PACKAGE.rglob("*.py"), *(p for p in (ROOT / "csrc").rglob("*") if p.is_file())]
+    long = [f"{path.relative_to(ROOT)}: {n}" for path in files if (n := len(path.read_text().splitlines())) > 500]
+    assert not long, long
