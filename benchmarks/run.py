@@ -1,0 +1,73 @@
+"""Runs the benchmarks: verify, time side by side in one process, print Markdown, write JSON beside this file.
+
+python benchmarks/run.py [--suite scoring,selection] [--threads 2] [--quick] [--out benchmarks/results]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import scoring
+import selection
+from harness import Result, copy_bandwidth, markdown, save
+
+Work = Callable[[float], Result]
+FOLDER = Path(__file__).parent / "results"
+
+
+def scoring_suite(quick: bool) -> list[tuple[str, Work]]:
+    big = [] if quick else [("mlp-140m", 2)]
+    cases: list[tuple[str, Work]] = [
+        (f"round {key}", lambda b, key=key, n=n: scoring.one_round(key, n, b))
+        for key, n in (("mlp-20m", 7), *big, ("vgg16", 7), ("resnet50", 3))
+    ]
+    if not quick:
+        schedules: list[tuple[str, Work]] = [
+            (f"schedule {key}", lambda b, key=key, d=d: scoring.whole_schedule(key, 100, d, b))
+            for key, d in (("mlp-20m", 0.01), ("vgg16", 0.05), ("resnet50", 0.05), ("mlp-140m", 0.01))
+        ]
+        cases += [schedules[0], ("memory mlp-140m", lambda b: scoring.memory("mlp-140m", b)), *schedules[1:]]
+    return cases
+
+
+def selection_suite(quick: bool) -> list[tuple[str, Work]]:
+    sizes = ((16, 0.0),) if quick else ((16, 0.0), (67, 0.0), (67, 0.5))
+    return [(f"select {n} {z}", lambda b, n=n, z=z: selection.kth_of(n, 5, b, z, slow=n < 32)) for n, z in sizes]
+
+
+SUITES = {"scoring": scoring_suite, "selection": selection_suite}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--suite", default="scoring,selection", help=f"comma-separated, of {sorted(SUITES)}")
+    parser.add_argument("--only", default="", help="run only cases whose name contains this")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--quick", action="store_true", help="small cases only")
+    parser.add_argument("--out", type=Path, default=os.environ.get("PATHPRUNE_RESULTS", FOLDER))
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    for suite in options.suite.split(","):
+        if suite not in SUITES:
+            parser.error(f"--suite: wanted some of {sorted(SUITES)}, got {suite!r}")
+        bandwidth = copy_bandwidth()
+        print(f"# {suite}: {options.threads} threads, copy bandwidth {bandwidth:.3g} GB/s\n", flush=True)
+        results: list[Result] = []
+        for name, work in SUITES[suite](options.quick):
+            if options.only not in name:
+                continue
+            results.append(work(bandwidth))
+            print(markdown(results[-1:], "pathprune" if "memory" not in name else "compact=False"), flush=True)
+            # After each case, so that an interrupted run keeps what it has.
+            path = save(suite, results, options.out, threads=options.threads, copy_gb_per_second=bandwidth)
+        if results:
+            print("written to", path)
+
+
+if __name__ == "__main__":
+    main()
