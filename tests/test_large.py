@@ -107,7 +107,8 @@ def test_resnets_keep_every_cut_and_vgg_every_layer():
 
 def alive(net, masks) -> bool:
     """Whether some path from input to output is left: every cut keeps weights."""
-    from pathprune.flow import PathFlow, policy_of
+    from pathprune.flow import PathFlow
+    from pathprune.policy import policy_of
     from pathprune.pruners.base import weights_of
     from pathprune.reference import WeightMap
 

@@ -53,6 +53,18 @@ PP_HD uint64_t fixed_weight(double weight, const FixedRow& row) {
   return row.uniform ? 1 : scaled_integer(weight, row.scale, 1);
 }
 
+// floor(log2(weight)), for finite weight > 0.
+PP_HD int exponent_of(double weight) {
+  const uint64_t bits = bit_cast<uint64_t>(weight);
+  const int exponent = static_cast<int>(bits >> 52);
+  if (exponent) return exponent - 1023;
+#if defined(__CUDA_ARCH__)
+  return -1011 - __clzll(bits);
+#else
+  return -1011 - __builtin_clzll(bits);
+#endif
+}
+
 // The scale at which a row's first, rough sum is taken: n integers of a largest weight below
 // 2^(largest_exponent + 1), each rounded down, sum to at most 2^64 - n.
 PP_HD int rough_scale(int64_t count, int largest_exponent) {
@@ -99,7 +111,7 @@ inline FixedRow make_fixed_row(std::span<const double> weights) {
   const auto largest = std::max_element(weights.begin(), weights.end());
   if (largest == weights.end() || *largest == 0) return {0, true};
   const int64_t count = static_cast<int64_t>(weights.size());
-  const int rough = rough_scale(count, std::ilogb(*largest));
+  const int rough = rough_scale(count, exponent_of(*largest));
   uint64_t sum = 0;
   for (double weight : weights) sum += scaled_integer(weight, rough, 0);
   return {final_scale(count, rough, sum), false};

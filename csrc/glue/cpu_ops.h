@@ -64,4 +64,11 @@ Tensor kth_largest(const Tensor& values, int64_t k);
 Tensor gumbel_keys(const Tensor& scores, int64_t exponent, double temperature_inverse, int64_t seed,
                    int64_t offset);
 
+std::tuple<Tensor, Tensor> walk_step(const Tensor& weight, const Tensor& units, const Tensor& walks,
+                                     const OptionalTensor& gain, const OptionalTensor& valid,
+                                     int64_t power, bool to_rows, int64_t seed, int64_t step);
+Tensor walk_choose(const Tensor& cdf, const Tensor& row_start, const Tensor& rows,
+                   const Tensor& walks, int64_t seed, int64_t step, int64_t word);
+Tensor walk_mark_(const Tensor& bits, const Tensor& edges, int64_t target);
+
 }  // namespace pathprune

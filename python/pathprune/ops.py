@@ -84,13 +84,28 @@ SCHEMAS: dict[str, str] = {
 }
 
 _LIBRARY = torch.library.Library("pathprune", "DEF")
-for _name, _schema in SCHEMAS.items():
-    _LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
-    # A kernel of the binary is registered for its device, which goes before this.
-    _LIBRARY.impl(_name, torch.no_grad()(getattr(reference, _name)), "CompositeExplicitAutograd")
 
-_OPS = {name: getattr(torch.ops.pathprune, name).default for name in SCHEMAS}
-_NAMES = {name: tuple(argument.name for argument in op._schema.arguments) for name, op in _OPS.items()}
+
+def define(name: str, schema: str, twin: Callable[..., Any], fake: Callable[[Any], Any]) -> Any:
+    """Defines an op whose results are constants to autograd; returns its overload.
+
+    Args:
+        twin: the plain-torch definition, which serves where the binary has no kernel.
+        fake: from the arguments by name to results of the right shapes and dtypes.
+    """
+    _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    # A kernel of the binary is registered for its device, which goes before this.
+    _LIBRARY.impl(name, torch.no_grad()(twin), "CompositeExplicitAutograd")
+    op = getattr(torch.ops.pathprune, name).default
+    names = tuple(argument.name for argument in op._schema.arguments)
+
+    def kernel(*values: Any, **named: Any) -> Any:
+        return fake(SimpleNamespace(**dict(zip(names, values, strict=False)), **named))
+
+    torch.library.register_fake(f"pathprune::{name}", kernel, lib=_LIBRARY)
+    if name != "path_flow_linear":
+        _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    return op
 
 
 # ---- fake kernels: the shapes and dtypes of the results ------------------------------------------
@@ -138,15 +153,8 @@ _FAKES: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def _register_fake(name: str, fake: Callable[[Any], Any]) -> None:
-    def kernel(*values: Any, **named: Any) -> Any:
-        return fake(SimpleNamespace(**dict(zip(_NAMES[name], values, strict=False)), **named))
-
-    torch.library.register_fake(f"pathprune::{name}", kernel, lib=_LIBRARY)
-
-
-for _name in SCHEMAS:
-    _register_fake(_name, _FAKES[_name])
+_OPS = {name: define(name, schema, getattr(reference, name), _FAKES[name]) for name, schema in SCHEMAS.items()}
+_NAMES = {name: tuple(argument.name for argument in op._schema.arguments) for name, op in _OPS.items()}
 
 
 # ---- autograd ------------------------------------------------------------------------------------
@@ -174,9 +182,6 @@ def _path_flow_linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, .
     return grad_weight, None, grad_x, None, None, None, None, None
 
 
-for _name in SCHEMAS:  # the results of all other ops are constants
-    if _name != "path_flow_linear":
-        _LIBRARY.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 torch.library.register_autograd(
     "pathprune::path_flow_linear", _path_flow_linear_backward, setup_context=_save, lib=_LIBRARY
 )

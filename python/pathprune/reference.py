@@ -328,12 +328,12 @@ def kth_largest(values: Tensor, k: int) -> Tensor:
     return values.sort(descending=True).values[k - 1].clone()
 
 
-def philox(counter: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The four 32-bit words, as int64, of Philox4x32-10 (Salmon et al., 2011) at 64-bit counters."""
+def philox(counter: Tensor, seed: int, high: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The four 32-bit words, as int64, of Philox4x32-10 (Salmon et al., 2011) at counters ``high * 2^64 + counter``."""
     low = 0xFFFFFFFF
     key0, key1 = seed & low, (seed >> 32) & low
     c0, c1 = counter & low, (counter >> 32) & low
-    c2, c3 = torch.zeros_like(counter), torch.zeros_like(counter)
+    c2, c3 = torch.full_like(counter, high & low), torch.full_like(counter, (high >> 32) & low)
     for _ in range(10):
         even, odd = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # 64-bit products; int64 wraps, the bits are right
         c0, c1, c2, c3 = (odd >> 32 & low) ^ c1 ^ key0, odd & low, (even >> 32 & low) ^ c3 ^ key1, even & low

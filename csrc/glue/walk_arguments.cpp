@@ -1,0 +1,117 @@
+#include "glue/walk_arguments.h"
+
+#include <limits>
+
+namespace pathprune {
+namespace {
+
+Tensor check_list(const char* op, const char* argument, const Tensor& tensor, int64_t count,
+                  const Tensor& device) {
+  check_tensor(op, argument, tensor, ScalarType::Long, {count}, device);
+  return torch::stable::contiguous(tensor);
+}
+
+OptionalTensor check_optional(const char* op, const char* argument, const OptionalTensor& tensor,
+                              ScalarType type, int64_t count, const Tensor& device) {
+  if (!tensor) return tensor;
+  check_tensor(op, argument, *tensor, type, {count}, device);
+  return torch::stable::contiguous(*tensor);
+}
+
+}  // namespace
+
+WalkStepArguments::WalkStepArguments(const Tensor& weight, const Tensor& units, const Tensor& walks,
+                                     const OptionalTensor& gain, const OptionalTensor& valid,
+                                     int64_t power, bool to_rows, int64_t seed, int64_t step)
+    : weight_(weight), units_(units), walks_(walks), gain_(gain), valid_(valid) {
+  const char* op = "walk_step";
+  const Storage storage = check_storage(op, "weight", weight);
+  if (weight.dim() != 4) refuse(op, "weight", "4 dimensions [G, R, C, E]", describe(weight));
+  weight_ = torch::stable::contiguous(weight);
+  if (units.dim() != 1) refuse(op, "units", "1 dimension", describe(units));
+  units_ = check_list(op, "units", units, units.size(0), weight);
+  walks_ = check_list(op, "walks", walks, units.size(0), weight);
+  if (units.numel() > std::numeric_limits<uint32_t>::max()) {
+    refuse(op, "units", "at most 2^32 - 1 walkers", std::to_string(units.numel()));
+  }
+  if (power < -1 || power > 2) refuse(op, "power", "-1, 0, 1 or 2", std::to_string(power));
+  check_at_least(op, "step", step, 0);
+  matrix_ = {weight_.const_data_ptr(), storage,         weight.size(0), weight.size(1),
+             weight.size(2),           weight.size(3), to_rows};
+  gain_ = check_optional(op, "gain", gain, ScalarType::Double,
+                         matrix_.groups * matrix_.candidates(), weight);
+  valid_ = check_optional(op, "valid", valid, ScalarType::Bool, matrix_.entries, weight);
+  rule_ = {static_cast<int>(power), data_or_null<double>(gain_), data_or_null<uint8_t>(valid_),
+           static_cast<uint64_t>(seed), step};
+}
+
+void WalkStepArguments::check_units(const int64_t* units, int64_t count) const {
+  for (int64_t i = 0; i < count; ++i) {
+    if (units[i] < 0 || units[i] >= matrix_.units()) {
+      refuse("walk_step", "units", "0 to " + std::to_string(matrix_.units() - 1),
+             std::to_string(units[i]));
+    }
+  }
+}
+
+WalkChooseArguments::WalkChooseArguments(const Tensor& cdf, const Tensor& row_start,
+                                         const Tensor& rows, const Tensor& walks, int64_t word)
+    : cdf_(cdf), row_start_(row_start), rows_(rows), walks_(walks) {
+  const char* op = "walk_choose";
+  if (cdf.dim() != 1) refuse(op, "cdf", "1 dimension", describe(cdf));
+  cdf_ = check_list(op, "cdf", cdf, cdf.size(0), cdf);
+  if (row_start.dim() != 1 || row_start.size(0) < 1) {
+    refuse(op, "row_start", "1 dimension of at least 1", describe(row_start));
+  }
+  row_start_ = check_list(op, "row_start", row_start, row_start.size(0), cdf);
+  if (rows.dim() != 1) refuse(op, "rows", "1 dimension", describe(rows));
+  rows_ = check_list(op, "rows", rows, rows.size(0), cdf);
+  walks_ = check_list(op, "walks", walks, rows.size(0), cdf);
+  if (word < 0 || word > 3) refuse(op, "word", "0 to 3", std::to_string(word));
+  table_ = {static_cast<const uint64_t*>(cdf_.const_data_ptr()),
+            static_cast<const int64_t*>(row_start_.const_data_ptr())};
+}
+
+void WalkChooseArguments::check_rows() const {
+  const int64_t count = row_start_.size(0) - 1;
+  for (int64_t i = 0; i < count; ++i) {
+    if (table_.row_start[i] > table_.row_start[i + 1] || table_.row_start[i] < 0) {
+      refuse("walk_choose", "row_start", "numbers that do not descend",
+             std::to_string(table_.row_start[i + 1]));
+    }
+  }
+  if (table_.row_start[count] > cdf_.size(0)) {
+    refuse("walk_choose", "row_start", "at most " + std::to_string(cdf_.size(0)) + " entries",
+           std::to_string(table_.row_start[count]));
+  }
+  for (int64_t i = 0; i < rows_.size(0); ++i) {
+    if (rows()[i] < 0 || rows()[i] >= count) {
+      refuse("walk_choose", "rows", "0 to " + std::to_string(count - 1), std::to_string(rows()[i]));
+    }
+  }
+}
+
+WalkMarkArguments::WalkMarkArguments(const Tensor& bits, const Tensor& edges, int64_t target)
+    : edges_(edges) {
+  const char* op = "walk_mark_";
+  if (bits.dim() != 1) refuse(op, "bits", "1 dimension", describe(bits));
+  check_list(op, "bits", bits, bits.size(0), bits);
+  if (!bits.is_contiguous()) refuse(op, "bits", "a contiguous tensor to write to", "strides");
+  if (edges.dim() != 2) refuse(op, "edges", "2 dimensions [walks, steps]", describe(edges));
+  check_tensor(op, "edges", edges, ScalarType::Long, {edges.size(0), edges.size(1)}, bits);
+  edges_ = torch::stable::contiguous(edges);
+  check_at_least(op, "target", target, 0);
+  places_ = bits.size(0) * 64;
+}
+
+void WalkMarkArguments::check_edges() const {
+  const int64_t count = edges_.numel();
+  for (int64_t i = 0; i < count; ++i) {
+    if (edges()[i] >= places_) {
+      refuse("walk_mark_", "edges", "places below " + std::to_string(places_),
+             std::to_string(edges()[i]));
+    }
+  }
+}
+
+}  // namespace pathprune

@@ -1,0 +1,59 @@
+// The arguments of the walk ops: checked once, here, and handed on as plain pointers.
+
+#pragma once
+
+#include <cstdint>
+
+#include "glue/arguments.h"
+#include "ops/walk.h"
+
+namespace pathprune {
+
+class WalkStepArguments {
+ public:
+  WalkStepArguments(const Tensor& weight, const Tensor& units, const Tensor& walks,
+                    const OptionalTensor& gain, const OptionalTensor& valid, int64_t power,
+                    bool to_rows, int64_t seed, int64_t step);
+
+  const WalkMatrix& matrix() const { return matrix_; }
+  const WalkRule& rule() const { return rule_; }
+  const int64_t* units() const { return static_cast<const int64_t*>(units_.const_data_ptr()); }
+  const int64_t* walks() const { return static_cast<const int64_t*>(walks_.const_data_ptr()); }
+  // Refuses a unit that the matrix has not. On the host only.
+  void check_units(const int64_t* units, int64_t count) const;
+
+ private:
+  Tensor weight_, units_, walks_;
+  OptionalTensor gain_, valid_;
+  WalkMatrix matrix_;
+  WalkRule rule_;
+};
+
+class WalkChooseArguments {
+ public:
+  WalkChooseArguments(const Tensor& cdf, const Tensor& row_start, const Tensor& rows,
+                      const Tensor& walks, int64_t word);
+
+  const ChoiceTable& table() const { return table_; }
+  const int64_t* rows() const { return static_cast<const int64_t*>(rows_.const_data_ptr()); }
+  const int64_t* walks() const { return static_cast<const int64_t*>(walks_.const_data_ptr()); }
+  void check_rows() const;
+
+ private:
+  Tensor cdf_, row_start_, rows_, walks_;
+  ChoiceTable table_;
+};
+
+class WalkMarkArguments {
+ public:
+  WalkMarkArguments(const Tensor& bits, const Tensor& edges, int64_t target);
+
+  const int64_t* edges() const { return static_cast<const int64_t*>(edges_.const_data_ptr()); }
+  void check_edges() const;
+
+ private:
+  Tensor edges_;
+  int64_t places_;
+};
+
+}  // namespace pathprune

@@ -1,0 +1,158 @@
+// The walk ops on the CPU. Walkers are grouped by the unit they are at, so that every unit's
+// distribution is built once and its weights are read once; columns are read in tiles.
+
+#include "ops/walk.h"
+
+#include <algorithm>
+#include <bit>
+#include <vector>
+
+#include "glue/cpu.h"
+#include "glue/walk_arguments.h"
+#include "ops/walk_kernels.h"
+
+namespace pathprune {
+namespace {
+
+// Walkers in the order of their units: those of unit u are order[start[u], start[u + 1]).
+struct Grouped {
+  std::vector<int64_t> start;
+  std::vector<uint32_t> order;
+};
+
+Grouped group_by_unit(const Walkers& walkers, int64_t units) {
+  Grouped grouped = {std::vector<int64_t>(units + 1), std::vector<uint32_t>(walkers.count)};
+  for (int64_t i = 0; i < walkers.count; ++i) ++grouped.start[walkers.units[i] + 1];
+  for (int64_t u = 0; u < units; ++u) grouped.start[u + 1] += grouped.start[u];
+  std::vector<int64_t> place(grouped.start.begin(), grouped.start.end() - 1);
+  for (int64_t i = 0; i < walkers.count; ++i) {
+    grouped.order[place[walkers.units[i]]++] = static_cast<uint32_t>(i);
+  }
+  return grouped;
+}
+
+size_t bytes_of(Storage storage) {
+  return storage == Storage::kFloat64 ? 8 : storage == Storage::kFloat32 ? 4 : 2;
+}
+
+// The bytes of a row of a tile: whole cache lines, and few enough that a tile of usual height stays
+// in the second-level cache.
+constexpr int64_t kTileBytes = 128;
+
+class Scratch {
+ public:
+  Scratch(const WalkMatrix& m, int64_t tile_columns)
+      : weights_(m.candidates()),
+        cdf_(std::bit_ceil(static_cast<uint64_t>(m.candidates()))),
+        // An odd number of cache lines: columns that began a power of two apart would evict each
+        // other.
+        pitch_(m.rows * m.entries + 80 - m.rows * m.entries % 64),
+        tile_(m.to_rows ? tile_columns * pitch_ * bytes_of(m.storage) : 0),
+        view_{weights_.data(), cdf_.data(), tile_.data(), pitch_} {}
+  Scratch(const Scratch&) = delete;
+
+  const WalkScratch& view() const { return view_; }
+  const char* column(const WalkMatrix& m, int64_t index) const {
+    return tile_.data() + index * pitch_ * bytes_of(m.storage);
+  }
+
+ private:
+  std::vector<double> weights_;
+  std::vector<uint64_t> cdf_;
+  int64_t pitch_;
+  std::vector<char> tile_;
+  WalkScratch view_;
+};
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> walk_step(const Tensor& weight, const Tensor& units, const Tensor& walks,
+                                     const OptionalTensor& gain, const OptionalTensor& valid,
+                                     int64_t power, bool to_rows, int64_t seed, int64_t step) {
+  const WalkStepArguments arguments(weight, units, walks, gain, valid, power, to_rows, seed, step);
+  const WalkMatrix& m = arguments.matrix();
+  const WalkRule& rule = arguments.rule();
+  const Tensor next = new_tensor(units, {units.numel()}, ScalarType::Long);
+  const Tensor edge = new_tensor(units, {units.numel()}, ScalarType::Long);
+  const Walkers walkers = {arguments.units(), arguments.walks(), units.numel(),
+                           data_of<int64_t>(next), data_of<int64_t>(edge)};
+  arguments.check_units(walkers.units, walkers.count);
+  const Grouped grouped = group_by_unit(walkers, m.units());
+  const WalkKernels kernels = PP_BY_ISA(walk_kernels)();
+  const auto is_busy = [&](int64_t unit) { return grouped.start[unit] < grouped.start[unit + 1]; };
+  const auto move = [&](const Scratch& scratch, const void* values, int64_t unit) {
+    const int64_t begin = grouped.start[unit];
+    kernels.unit(m, rule, walkers, scratch.view(), values, unit, grouped.order.data() + begin,
+                 grouped.start[unit + 1] - begin);
+  };
+  const auto value_bytes = static_cast<int64_t>(bytes_of(m.storage));
+  if (!to_rows) {
+    const int64_t row_bytes = m.columns * m.entries * value_bytes;
+    torch::stable::parallel_for(0, m.units(), 16, [&](int64_t begin, int64_t end) {
+      const Scratch scratch(m, 0);
+      for (int64_t u = begin; u < end; ++u) {
+        if (is_busy(u)) move(scratch, static_cast<const char*>(m.values) + u * row_bytes, u);
+      }
+    });
+    return {next, edge};
+  }
+  const int64_t tile = std::max<int64_t>(kTileBytes / (m.entries * value_bytes), 1);
+  const int64_t tiles = (m.columns + tile - 1) / tile;
+  torch::stable::parallel_for(0, m.groups * tiles, 1, [&](int64_t begin, int64_t end) {
+    const Scratch scratch(m, tile);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t group = i / tiles, column = i % tiles * tile;
+      const int64_t count = std::min(tile, m.columns - column);
+      const int64_t first = group * m.columns + column;
+      int64_t busy = 0;
+      for (int64_t c = 0; c < count; ++c) busy += is_busy(first + c);
+      if (!busy) continue;
+      kernels.transpose(m, scratch.view(), group, column, count);
+      for (int64_t c = 0; c < count; ++c) {
+        if (is_busy(first + c)) move(scratch, scratch.column(m, c), first + c);
+      }
+    }
+  });
+  return {next, edge};
+}
+
+Tensor walk_choose(const Tensor& cdf, const Tensor& row_start, const Tensor& rows,
+                   const Tensor& walks, int64_t seed, int64_t step, int64_t word) {
+  const WalkChooseArguments arguments(cdf, row_start, rows, walks, word);
+  const Tensor chosen = new_tensor(rows, {rows.numel()}, ScalarType::Long);
+  int64_t* to = data_of<int64_t>(chosen);
+  arguments.check_rows();
+  torch::stable::parallel_for(0, rows.numel(), 1 << 12, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      to[i] = choose_in_row(arguments.table(), arguments.rows()[i], arguments.walks()[i],
+                            static_cast<uint64_t>(seed), step, static_cast<WalkWord>(word));
+    }
+  });
+  return chosen;
+}
+
+Tensor walk_mark_(const Tensor& bits, const Tensor& edges, int64_t target) {
+  const WalkMarkArguments arguments(bits, edges, target);
+  const auto words = static_cast<uint64_t*>(bits.mutable_data_ptr());
+  const int64_t* edge = arguments.edges();
+  const int64_t walks = edges.size(0), steps = edges.size(1);
+  arguments.check_edges();
+  constexpr int64_t kAhead = 64;  // places to fetch before they are needed
+  int64_t marked = 0, walk = 0;
+  for (; walk < walks && marked < target; ++walk) {
+    for (int64_t i = walk * steps; i < (walk + 1) * steps; ++i) {
+      if (i + kAhead < walks * steps) __builtin_prefetch(words + edge[i + kAhead] / 64, 1);
+      if (edge[i] < 0) continue;
+      uint64_t& word = words[edge[i] / 64];
+      const uint64_t bit = uint64_t{1} << (edge[i] % 64);
+      marked += !(word & bit);
+      word |= bit;
+    }
+  }
+  const Tensor result = new_tensor(bits, {2}, ScalarType::Long);
+  data_of<int64_t>(result)[0] = walk;
+  data_of<int64_t>(result)[1] = marked;
+  return result;
+}
+
+}  // namespace pathprune

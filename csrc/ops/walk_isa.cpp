@@ -1,0 +1,275 @@
+// Walk steps of the walkers at one unit, compiled for each instruction set. The unit's CDF is built
+// once, in the first-level caches, and searched by all its walkers; a batch of searches runs in
+// lockstep, so that their loads overlap.
+
+#include <algorithm>
+#include <bit>
+#include <cstring>
+
+#include "core/lanes.h"
+#include "ops/walk_kernels.h"
+
+namespace pathprune::PATHPRUNE_ISA {
+namespace {
+
+constexpr int kBatch = 32;  // searches at once
+
+#if PP_AVX512
+// scaled_integer of eight weights. Shifts of 64 and more give 0, as they should.
+PP_INLINE __m512i scaled_integers(__m512d weights, int scale, int half_ulps) {
+  const __m512i one = _mm512_set1_epi64(1);
+  const __m512i bits = _mm512_castpd_si512(weights);
+  const __m512i exponent = _mm512_srli_epi64(bits, 52);
+  const __m512i fraction = _mm512_and_si512(bits, _mm512_set1_epi64((int64_t{1} << 52) - 1));
+  const __mmask8 is_normal = _mm512_test_epi64_mask(exponent, exponent);
+  const __m512i mantissa =
+      _mm512_mask_or_epi64(fraction, is_normal, fraction, _mm512_set1_epi64(int64_t{1} << 52));
+  const __m512i shift =
+      _mm512_add_epi64(_mm512_max_epi64(exponent, one), _mm512_set1_epi64(scale - 1075));
+  const __m512i right = _mm512_sub_epi64(_mm512_setzero_si512(), shift);
+  const __m512i half =
+      half_ulps ? _mm512_sllv_epi64(one, _mm512_sub_epi64(right, one)) : _mm512_setzero_si512();
+  const __m512i rounded = _mm512_srlv_epi64(_mm512_add_epi64(mantissa, half), right);
+  const __mmask8 goes_left = _mm512_cmpge_epi64_mask(shift, _mm512_setzero_si512());
+  return _mm512_mask_sllv_epi64(rounded, goes_left, mantissa, shift);
+}
+
+PP_INLINE __m512i prefix_sums(__m512i v) {
+  const __m512i zero = _mm512_setzero_si512();
+  v = _mm512_add_epi64(v, _mm512_alignr_epi64(v, zero, 7));
+  v = _mm512_add_epi64(v, _mm512_alignr_epi64(v, zero, 6));
+  return _mm512_add_epi64(v, _mm512_alignr_epi64(v, zero, 4));
+}
+#endif
+
+// |w|^power of weights that are one entry each. 1 / 0 is infinite, and a weight of 0 counts for 0.
+template <int kPower, typename W>
+void fill_powers(const W* values, int64_t count, double* weights) {
+  for (int64_t i = 0; i < count; ++i) {
+    const double m = magnitude(static_cast<double>(widen(values[i])));
+    const double value = kPower == 1 ? m : kPower == 2 ? m * m : kPower == 0 ? 1.0 : 1.0 / m;
+    const double bounded = value < kLargestWalkWeight ? value : kLargestWalkWeight;
+    weights[i] = m == 0 ? 0.0 : bounded;
+  }
+}
+
+template <typename W>
+void fill_weights(const W* values, int64_t candidates, int64_t entries, const WalkRule& rule,
+                  double* weights) {
+  if (entries == 1 && !rule.valid) {
+    if (rule.power == 1) return fill_powers<1>(values, candidates, weights);
+    if (rule.power == 2) return fill_powers<2>(values, candidates, weights);
+    if (rule.power == 0) return fill_powers<0>(values, candidates, weights);
+    return fill_powers<-1>(values, candidates, weights);
+  }
+  for (int64_t i = 0; i < candidates; ++i) {
+    weights[i] = candidate_weight(values + i * entries, entries, rule);
+  }
+}
+
+double largest_of(const double* weights, int64_t count) {
+  double lanes[16] = {};
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16) {
+    for (int k = 0; k < 16; ++k) lanes[k] = weights[i + k] > lanes[k] ? weights[i + k] : lanes[k];
+  }
+  double largest = 0;
+  for (; i < count; ++i) largest = weights[i] > largest ? weights[i] : largest;
+  for (double lane : lanes) largest = lane > largest ? lane : largest;
+  return largest;
+}
+
+uint64_t sum_of_integers(const double* weights, int64_t count, int scale) {
+  uint64_t sum = 0;
+  int64_t i = 0;
+#if PP_AVX512
+  __m512i sums = _mm512_setzero_si512();
+  for (; i + 8 <= count; i += 8) {
+    sums = _mm512_add_epi64(sums, scaled_integers(_mm512_loadu_pd(weights + i), scale, 0));
+  }
+  sum = static_cast<uint64_t>(_mm512_reduce_add_epi64(sums));
+#endif
+  for (; i < count; ++i) sum += scaled_integer(weights[i], scale, 0);
+  return sum;
+}
+
+// Prefix sums of the weights' integers.
+void fill_prefix_sums(const double* weights, int64_t count, int scale, uint64_t* cdf) {
+  uint64_t sum = 0;
+  int64_t i = 0;
+#if PP_AVX512
+  for (; i + 8 <= count; i += 8) {
+    const __m512i prefix = prefix_sums(scaled_integers(_mm512_loadu_pd(weights + i), scale, 1));
+    const __m512i sums = _mm512_add_epi64(prefix, _mm512_set1_epi64(static_cast<int64_t>(sum)));
+    _mm512_storeu_si512(cdf + i, sums);
+    sum = cdf[i + 7];
+  }
+#endif
+  for (; i < count; ++i) cdf[i] = sum += scaled_integer(weights[i], scale, 1);
+}
+
+// The CDF of a unit, or 0 candidates that could be drawn: false.
+template <typename W>
+bool fill_unit(const WalkMatrix& m, const WalkRule& rule, const W* values, int64_t unit,
+               const WalkScratch& scratch) {
+  const int64_t count = m.candidates();
+  const int64_t first_target = m.group_of(unit) * count;
+  double* weights = scratch.weights;
+  fill_weights(values, count, m.entries, rule, weights);
+  if (rule.gain) {
+    const double* gain = rule.gain + first_target;
+    for (int64_t i = 0; i < count; ++i) weights[i] = weights[i] * gain[i];
+  }
+  double largest = largest_of(weights, count);
+  if (largest == 0) {
+    for (int64_t i = 0; i < count; ++i) {
+      weights[i] = uniform_weight(rule, first_target + i, m.entries);
+    }
+    largest = largest_of(weights, count);
+    if (largest == 0) return false;
+  }
+  const int rough = rough_scale(count, exponent_of(largest));
+  const int scale = final_scale(count, rough, sum_of_integers(weights, count, rough));
+  fill_prefix_sums(weights, count, scale, scratch.cdf);
+  const auto padded = static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(count)));
+  std::fill(scratch.cdf + count, scratch.cdf + padded, UINT64_MAX);
+  return true;
+}
+
+// For each of a batch, the smallest index whose CDF exceeds its draw. `padded` is a power of two, up
+// to which the CDF is filled with the largest number.
+PP_INLINE void search(const uint64_t* cdf, uint64_t padded, const uint64_t (&draw)[kBatch],
+                      uint64_t (&found)[kBatch]) {
+#if PP_AVX512
+  __m512i at[kBatch / 8], wanted[kBatch / 8];
+#pragma GCC unroll 8
+  for (int v = 0; v < kBatch / 8; ++v) {
+    at[v] = _mm512_setzero_si512();
+    wanted[v] = _mm512_loadu_si512(draw + 8 * v);
+  }
+  for (uint64_t half = padded / 2; half; half /= 2) {
+    const __m512i step = _mm512_set1_epi64(static_cast<int64_t>(half));
+#pragma GCC unroll 8
+    for (int v = 0; v < kBatch / 8; ++v) {
+      const __m512i probe = _mm512_i64gather_epi64(at[v], cdf + half - 1, 8);
+      const __mmask8 passed = _mm512_cmple_epu64_mask(probe, wanted[v]);
+      at[v] = _mm512_mask_add_epi64(at[v], passed, at[v], step);
+    }
+  }
+#pragma GCC unroll 8
+  for (int v = 0; v < kBatch / 8; ++v) _mm512_storeu_si512(found + 8 * v, at[v]);
+#else
+  for (int k = 0; k < kBatch; ++k) found[k] = 0;
+  for (uint64_t half = padded / 2; half; half /= 2) {
+    for (int k = 0; k < kBatch; ++k) found[k] += cdf[found[k] + half - 1] <= draw[k] ? half : 0;
+  }
+#endif
+}
+
+template <typename W>
+void move_walkers(const WalkMatrix& m, const WalkRule& rule, const Walkers& walkers,
+                  const WalkScratch& scratch, const W* values, int64_t unit, const uint32_t* order,
+                  int64_t count) {
+  const int64_t candidates = m.candidates();
+  const int64_t first_target = m.group_of(unit) * candidates;
+  const int64_t first = m.first(unit), stride = m.stride();
+  if (!fill_unit(m, rule, values, unit, scratch)) {
+    for (int64_t i = 0; i < count; ++i) {
+      walkers.next[order[i]] = -1;
+      walkers.edge[order[i]] = -1;
+    }
+    return;
+  }
+  const uint64_t* cdf = scratch.cdf;
+  const uint64_t total = cdf[candidates - 1];
+  const uint64_t padded = std::bit_ceil(static_cast<uint64_t>(candidates));
+  for (int64_t begin = 0; begin < count; begin += kBatch) {
+    const int here = static_cast<int>(std::min<int64_t>(kBatch, count - begin));
+    int64_t walk[kBatch] = {};
+    uint64_t word[kBatch], draw[kBatch], found[kBatch];
+    for (int k = 0; k < here; ++k) walk[k] = walkers.walks[order[begin + k]];
+    for (int k = 0; k < kBatch; ++k) {
+      word[k] = walk_word(rule.seed, walk[k], rule.step, WalkWord::kUnit);
+    }
+    for (int k = 0; k < kBatch; ++k) draw[k] = fixed_draw(word[k], total);
+    search(cdf, padded, draw, found);
+    for (int k = 0; k < here; ++k) {
+      const int64_t walker = order[begin + k];
+      const auto chosen = static_cast<int64_t>(found[k]);
+      const int64_t entry = draw_entry(values + chosen * m.entries, m.entries, rule, walk[k]);
+      walkers.next[walker] = first_target + chosen;
+      walkers.edge[walker] = first + chosen * stride + entry;
+    }
+  }
+}
+
+// Calls function(W()) for the type that values are stored in.
+template <typename Function>
+void by_stored(Storage storage, const Function& function) {
+  switch (storage) {
+    case Storage::kFloat32:
+      return function(float());
+    case Storage::kFloat64:
+      return function(double());
+    case Storage::kBfloat16:
+      return function(Bfloat16());
+    default:
+      return function(Float16());
+  }
+}
+
+void unit(const WalkMatrix& m, const WalkRule& rule, const Walkers& walkers,
+          const WalkScratch& scratch, const void* values, int64_t unit, const uint32_t* order,
+          int64_t count) {
+  by_stored(m.storage, [&](auto kind) {
+    move_walkers(m, rule, walkers, scratch, static_cast<const decltype(kind)*>(values), unit, order,
+                 count);
+  });
+}
+
+// Columns of single values, sixteen rows at a time: strided loads, whole lines stored.
+template <typename W>
+void transpose_single(const W* from, int64_t rows, int64_t columns, int64_t count, W* to,
+                      int64_t pitch) {
+  constexpr int64_t kRows = 16, kAhead = 2;
+  int64_t row = 0;
+  for (; row + kRows <= rows; row += kRows) {
+    const W* block = from + row * columns;
+    for (int64_t r = 0; r < kRows; ++r) {
+      const W* next = block + (r + kAhead * kRows) * columns;
+      __builtin_prefetch(next);
+      __builtin_prefetch(next + count - 1);
+    }
+    for (int64_t c = 0; c < count; ++c) {
+      W* here = to + c * pitch + row;
+      for (int64_t r = 0; r < kRows; ++r) here[r] = block[r * columns + c];
+    }
+  }
+  for (; row < rows; ++row) {
+    for (int64_t c = 0; c < count; ++c) to[c * pitch + row] = from[row * columns + c];
+  }
+}
+
+void transpose(const WalkMatrix& m, const WalkScratch& scratch, int64_t group, int64_t column,
+               int64_t count) {
+  by_stored(m.storage, [&](auto kind) {
+    using W = decltype(kind);
+    const int64_t entries = m.entries, columns = m.columns;
+    const W* from = static_cast<const W*>(m.values) + (group * m.rows * columns + column) * entries;
+    W* to = static_cast<W*>(scratch.transposed);
+    if (entries == 1) return transpose_single(from, m.rows, columns, count, to, scratch.pitch);
+    for (int64_t row = 0; row < m.rows; ++row) {
+      for (int64_t c = 0; c < count; ++c) {
+        const W* values = from + (row * columns + c) * entries;
+        W* here = to + c * scratch.pitch + row * entries;
+        for (int64_t e = 0; e < entries; ++e) here[e] = values[e];
+      }
+    }
+  });
+}
+
+}  // namespace
+
+WalkKernels walk_kernels() { return {unit, transpose}; }
+
+}  // namespace pathprune::PATHPRUNE_ISA

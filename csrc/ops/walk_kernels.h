@@ -1,0 +1,41 @@
+// What the walk ops take on the CPU, and the table of kernels that each instruction set fills in.
+
+#pragma once
+
+#include <cstdint>
+
+#include "core/isa.h"
+#include "ops/walk.h"
+
+namespace pathprune {
+
+// Memory for one unit's distribution, allocated by the caller.
+struct WalkScratch {
+  double* weights;   // [candidates]
+  uint64_t* cdf;     // [candidates rounded up to a power of two]
+  void* transposed;  // a tile of columns, each made contiguous with this pitch
+  int64_t pitch;     // in values
+};
+
+struct WalkKernels {
+  // Moves the walkers at `unit`, whose numbers are order[0, count), given the unit's own values
+  // [candidates, entries] side by side.
+  void (*unit)(const WalkMatrix&, const WalkRule&, const Walkers&, const WalkScratch&,
+               const void* values, int64_t unit, const uint32_t* order, int64_t count);
+  // Copies `count` columns from `column` of a group on to scratch.transposed, one after the other.
+  void (*transpose)(const WalkMatrix&, const WalkScratch&, int64_t group, int64_t column,
+                    int64_t count);
+};
+
+#define PP_DECLARE_KERNELS(isa) \
+  namespace isa {               \
+  WalkKernels walk_kernels();   \
+  }
+PP_DECLARE_KERNELS(baseline)
+#if defined(PATHPRUNE_X86)
+PP_DECLARE_KERNELS(avx2)
+PP_DECLARE_KERNELS(avx512)
+#endif
+#undef PP_DECLARE_KERNELS
+
+}  // namespace pathprune
