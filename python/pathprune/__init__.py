@@ -12,6 +12,7 @@ from .network import PathNetwork, SupportReport, UnsupportedModelError
 from .ops import WeightMap
 from .policy import Policy
 from .pruners import (
+    PHEW,
     Magnitude,
     Pruner,
     Random,
@@ -30,6 +31,7 @@ from .select import NonFiniteScoreError, Threshold, keep_masks, select_threshold
 from .version import __version__
 
 __all__ = [
+    "PHEW",
     "Magnitude",
     "MaskFileError",
     "MaskMismatchError",

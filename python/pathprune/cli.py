@@ -21,7 +21,7 @@ from . import info as installation
 from .loading import example_input, load_model
 from .masks import Masks
 from .network import PathNetwork
-from .pruners import Magnitude, Pruner, Random, SynFlow, SynFlowL2, TraceSaliency
+from .pruners import PHEW, Magnitude, Pruner, Random, SynFlow, SynFlowL2, TraceSaliency
 from .pruning import prune as prune_model
 from .report import Report
 
@@ -57,6 +57,7 @@ class Method(str, enum.Enum):
     MAGNITUDE = "magnitude"
     RANDOM = "random"
     TRACE = "trace"
+    PHEW = "phew"
 
     def pruner(self, rounds: int | None) -> Pruner:
         kinds: dict[str, type[Pruner]] = {
@@ -65,6 +66,7 @@ class Method(str, enum.Enum):
             "magnitude": Magnitude,
             "random": Random,
             "trace": TraceSaliency,
+            "phew": PHEW,
         }
         return kinds[self.value]() if rounds is None else kinds[self.value](rounds=rounds)
 

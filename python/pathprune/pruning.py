@@ -17,7 +17,7 @@ from ._mask_io import base_hash
 from .liveness import Reach, reach
 from .masks import Masks
 from .network import PathNetwork
-from .pruners.base import Pruner, Round, Scope, Selection, run, weights_of
+from .pruners.base import Pruner, Round, Scope, Selection, weights_of
 from .schedules import layer_densities, rounds_of
 from .spatial import merge_equal_positions
 from .version import __version__
@@ -82,7 +82,8 @@ def prune(
     share = (0.25 if compact else 0.0) if isinstance(compact, bool) else float(compact)
     weights = weights_of(quick, names, pruner.maps, compact=0.0 if allow_regrowth else share)
     selection = Selection(weights, names, area, count, allow_regrowth)
-    plan = rounds_of(schedule, densities, 1 if schedule == "one-shot" and len(densities) == 1 else pruner.rounds)
+    one_shot = schedule == "one-shot" and len(densities) == 1
+    plan = rounds_of(schedule, densities, 1 if one_shot else pruner.rounds_for(densities))
     shapes = {name: network.tensors[name].shape for name in names}
 
     snapshots: list[dict[str, tuple[Tensor, torch.Size]]] = []
@@ -96,8 +97,7 @@ def prune(
     kind = allocation if area.kind == "layer" else "uniform"
     rounds: list[Round] = []
     finished: list[int] = []
-    scorer = pruner.scorer(quick, weights, seed)
-    steps = run(scorer, selection, plan, lambda d: layer_densities(kind, shapes, d), snapshot)
+    steps = pruner.steps(quick, selection, plan, lambda d: layer_densities(kind, shapes, d), snapshot, seed)
     for done in _with_progress(steps, len(plan), pruner.name, progress):
         rounds.append(done)
         if len(snapshots) > len(finished):
@@ -183,4 +183,5 @@ def _findings(rounds: Sequence[Round], network: PathNetwork, seconds: float) -> 
             r.threshold.log2() if r.threshold and math.isfinite(r.threshold.log2()) else None for r in rounds
         ],
         "unreached": list(network.unreached),
+        **last.details,
     }

@@ -85,7 +85,7 @@ def _chosen(integers: Tensor, words: Tensor) -> Tensor:
     return torch.where(cdf[:, -1] != 0, passed.sum(1), -1)
 
 
-def _powered(weights: Tensor, power: int) -> Tensor:
+def powered(weights: Tensor, power: int) -> Tensor:
     """|w|^power in float64 by multiplication and division only; 0 for a weight of 0."""
     m = weights.double().abs()
     value = {1: m, 2: m * m, 0: torch.ones_like(m), -1: 1 / m}[power]
@@ -129,7 +129,7 @@ def walk_step(
         part = slice(begin, begin + chunk)
         unit = units[part]
         group = unit // max(sources, 1)
-        entered = _powered(by_unit[unit], power) * open_entries  # [n, targets, E]
+        entered = powered(by_unit[unit], power) * open_entries  # [n, targets, E]
         mass = torch.zeros(entered.shape[:2], dtype=torch.float64, device=weight.device)
         for e in range(entries):
             mass = mass + entered[..., e]

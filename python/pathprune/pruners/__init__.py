@@ -2,10 +2,12 @@
 
 from .base import PathPruner, Pruner
 from .magnitude import Magnitude, Random
+from .phew import PHEW
 from .sketching import Sketch, sample_with_replacement
 from .unified_paths import SynFlow, SynFlowDist, SynFlowL2, SynFlowL2Dist, TraceSaliency
 
 __all__ = [
+    "PHEW",
     "Magnitude",
     "PathPruner",
     "Pruner",

@@ -34,6 +34,10 @@ class Pruner:
         if self.rounds < 1:
             raise ValueError(f"{type(self).__name__}: rounds: wanted at least 1, got {self.rounds}")
 
+    def rounds_for(self, densities: Sequence[float]) -> int:
+        """How many rounds reach these densities."""
+        return self.rounds
+
     @property
     def wants_merged_positions(self) -> bool:
         """Whether equal positions of a constant source may be computed once (see ``spatial``)."""
@@ -51,6 +55,19 @@ class Pruner:
     def scorer(self, network: PathNetwork, weights: Mapping[str, Weight], seed: int) -> Scorer:
         """Binds the method to a network and the weights to be scored."""
         raise NotImplementedError(type(self).__name__)
+
+    def steps(
+        self,
+        network: PathNetwork,
+        selection: Selection,
+        plan: Sequence[tuple[float, int | None]],
+        layer_plan: Callable[[float], Mapping[str, float]],
+        on_snapshot: Callable[[int], None],
+        seed: int,
+    ) -> Iterator[Round]:
+        """Prunes ``selection.weights`` round by round: by default score, select, cut. See :func:`run`."""
+        scorer = self.scorer(network, selection.all_weights, seed)
+        return run(scorer, selection, plan, layer_plan, on_snapshot)
 
     def config(self) -> dict[str, Any]:
         """What is worth writing beside a mask."""
@@ -172,6 +189,7 @@ class Round:
     log2_total: float | None
     threshold: Real | None
     seconds: float
+    details: Mapping[str, Any] = field(default_factory=dict)  # what only this method knows; goes into the findings
 
 
 class Selection:
@@ -185,6 +203,7 @@ class Selection:
         count: str = "exact",
         allow_regrowth: bool = False,
     ) -> None:
+        self.all_weights = weights
         self.weights = [weights[name] for name in names]
         self.scope, self.count, self.allow_regrowth = scope, count, allow_regrowth
         self.total = sum(weight.shape.numel() for weight in self.weights)

@@ -1,0 +1,109 @@
+"""PHEW: Paths with Higher Edge-Weights (Patil & Dovrolis, ICML 2021): the weights that biased random walks take."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..network import PathNetwork
+from ..path_kernel import log2_trace
+from ..walks import Marked, WalkRule, Walks
+from .base import Pruner, Round, Selection, check_finite
+
+
+@dataclass(frozen=True)
+class PHEW(Pruner):
+    """Keeps the weights on input-output walks that prefer large ``|w|``; walks are drawn until the density is reached.
+
+    Every kept weight lies on a path, so effective equals direct density. The last walk stays whole: at most one path
+    over the target, reported as ``overshoot``. A list of densities gives nested masks from one run of walks.
+
+    Args:
+        power: a step is drawn in proportion to ``|w|^power``: 1, 2, 0 (uniform) or -1 (inverse).
+        branches: where flows part or meet: ``uniform``, ``mass`` (``|w|^power`` of the branch's next synapse) or
+            ``flow`` (the sum over all channel paths of the branch).
+        identities: whether identity skips are walked.
+        start: ``round_robin`` over input (output) units, as the published code, or ``uniform``, as the paper.
+        keep_kernels: keep whole kernels between two channels, not single entries.
+        trim: keep exactly the target; what the last walk loses may leave a dead end.
+        max_walks: give up after so many; None: 64 times the expected number.
+
+    Determinism: the same seed gives the same mask on any device, for any number of threads.
+    """
+
+    power: int = 1
+    branches: str = "uniform"
+    identities: bool = False
+    start: str = "round_robin"
+    keep_kernels: bool = False
+    trim: bool = False
+    max_walks: int | None = field(default=None)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.rule()
+        if self.max_walks is not None and self.max_walks < 1:
+            raise ValueError(f"PHEW: max_walks: wanted at least 1, got {self.max_walks}")
+
+    def rule(self) -> WalkRule:
+        return WalkRule(self.power, self.branches, self.identities, self.start)
+
+    def rounds_for(self, densities: Sequence[float]) -> int:
+        return len(densities)
+
+    def steps(
+        self,
+        network: PathNetwork,
+        selection: Selection,
+        plan: Sequence[tuple[float, int | None]],
+        layer_plan: Callable[[float], Mapping[str, float]],
+        on_snapshot: Callable[[int], None],
+        seed: int,
+    ) -> Iterator[Round]:
+        if selection.scope.kind != "global" or selection.count != "exact":
+            raise ValueError(f"PHEW: wanted scope='global' and count='exact', got {selection.scope} {selection.count}")
+        for name in {network.nodes[k].weight for k in network.synapses()}:  # type: ignore[attr-defined]
+            check_finite(name, network.tensors[name].detach())
+        return self._walked(network, selection, plan, on_snapshot, seed)
+
+    def _walked(
+        self,
+        network: PathNetwork,
+        selection: Selection,
+        plan: Sequence[tuple[float, int | None]],
+        on_snapshot: Callable[[int], None],
+        seed: int,
+    ) -> Iterator[Round]:
+        began = time.perf_counter()
+        names = [weight.name for weight in selection.weights]
+        targets = {which: round(selection.total * density) for density, which in plan if which is not None}
+        walks = Walks(network, names, self.rule(), seed, keep_kernels=self.keep_kernels)
+        partial = sorted(target for target in targets.values() if target < selection.total)
+        found = dict(zip(partial, walks.until(partial, max_walks=self.max_walks, trim=self.trim), strict=True))
+        for _, which in plan:
+            if which is None:
+                continue
+            target = targets[which]
+            masks = {}
+            for weight in selection.weights:
+                whole = torch.ones(weight.shape, dtype=torch.bool)
+                masks[weight.name] = walks.bits(found[target], weight.name) if target in found else whole
+                weight.set_mask(masks[weight.name].to(network.device))
+            on_snapshot(which)
+            details = self._details(network, walks, masks, found.get(target), target)
+            kept = found[target].kept if target in found else target
+            yield Round(kept, None, None, time.perf_counter() - began, details)
+            began = time.perf_counter()
+
+    def _details(
+        self, network: PathNetwork, walks: Walks, masks: Mapping[str, torch.Tensor], found: Marked | None, target: int
+    ) -> dict[str, Any]:
+        return {
+            "walks": 0 if found is None else found.walks,
+            "overshoot": 0 if found is None else found.kept - target,
+            "log2_path_kernel_trace": log2_trace(network, masks),
+        }

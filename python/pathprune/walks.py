@@ -1,0 +1,459 @@
+"""Biased random walks over a path network, many at a time, and masks from them with the exact stop.
+
+A forward walk goes from an input unit to an output unit: at a synapse it takes the next unit with probability in
+proportion to ``sum_e |w_e|^power`` over the kernel, then one kernel entry in proportion to ``|w_e|^power``; a backward
+walk goes the other way (PHEW: Patil & Dovrolis, ICML 2021). Walk t is forward for even t, backward for odd t. It is a
+pure function of (seed, t): all walkers of a batch go through a synapse together, and neither the batch nor the number
+of threads nor the device shows in the result.
+
+The mask is that of the sequential rule "walk until the target is reached": walks are marked in order, and the last
+one stays whole. Bytes: a batch reads each weight once in each direction; 1/8 byte a weight for the mask, 8 a step of
+the batch. Oracle: a literal walker (tests), and exact visit probabilities.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from . import walk_ops
+from .network import PathNetwork
+from .walk_graph import Edge, Links, walk_graph
+from .walk_reference import powered
+from .walk_tables import Chances, Table
+
+_SAMPLE = 4096  # weights of a tensor that the number of walks is estimated from
+_OVERSHOOT = 1.03  # walks of a batch over the estimate, so that one batch is usually enough
+_LEAST_BATCH = 64
+_BATCH_BYTES = 256 << 20  # of a batch's steps, at most
+_PATIENCE = 64  # times the expected number of walks
+
+
+@dataclass(frozen=True)
+class WalkRule:
+    """How walks are drawn.
+
+    Attributes:
+        power: transitions in proportion to ``|w|^power``: 1 (PHEW), 2, 0 (uniform), -1 (inverse).
+        branches: at a fork ``uniform``, ``mass`` (of the next synapse) or ``flow`` (of all that lies ahead).
+        identities: whether identity skips are walked.
+        start: ``round_robin`` over the units (the published code) or ``uniform`` (the paper).
+    """
+
+    power: int = 1
+    branches: str = "uniform"
+    identities: bool = False
+    start: str = "round_robin"
+
+    def __post_init__(self) -> None:
+        allowed = {"power": (1, 2, 0, -1), "branches": ("uniform", "mass", "flow"), "start": ("round_robin", "uniform")}
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"PHEW: {name}: wanted one of {values}, got {getattr(self, name)!r}")
+
+
+@dataclass(frozen=True)
+class Marked:
+    """The weights that walks have taken.
+
+    Attributes:
+        bits: [words] int64, one bit a weight, see :meth:`Walks.packed`.
+        kept: how many weights.
+        walks: how many walks it took.
+    """
+
+    bits: Tensor
+    kept: int
+    walks: int
+
+
+@dataclass
+class _Crossing:
+    """What a walker does at a node, in one direction."""
+
+    ways: list[Edge | None]
+    branch: Table | None  # None: there is one way
+    links: dict[int, Table | None] = field(default_factory=dict)  # by place in ways; None: units keep their number
+
+
+class Walks:
+    """Walks over a network.
+
+    Args:
+        network: the path network.
+        names: the weights that walks mark, and that count; others are walked through.
+        rule: how walks are drawn.
+        seed: of all draws.
+        keep_kernels: whether a step marks the whole kernel between two channels, or one entry of it.
+        masks: bool tensors: weights that are there at all.
+    """
+
+    def __init__(
+        self,
+        network: PathNetwork,
+        names: Sequence[str],
+        rule: WalkRule,
+        seed: int = 0,
+        *,
+        keep_kernels: bool = False,
+        masks: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.network, self.names, self.rule, self.seed = network, tuple(names), rule, seed
+        self.keep_kernels = keep_kernels
+        self.graph = walk_graph(network)
+        self.device = network.device
+        used = {site.weight for site in self.graph.sites.values()}
+        tensors = {name: network.tensors[name].detach() for name in used}
+        if masks is not None:
+            tensors = {n: t * masks[n].to(t.device) if n in masks else t for n, t in tensors.items()}
+        self._weights = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        on_host = {name: tensor.cpu() for name, tensor in tensors.items()}
+        self.chances = Chances(self.graph, on_host, rule.power, rule.branches, rule.identities)
+        self.offsets: dict[str, int] = {}
+        self.words = 0
+        for name in self.names:
+            self.offsets[name] = 64 * self.words
+            self.words += -(-network.tensors[name].numel() // 64)
+        self.total = sum(network.tensors[name].numel() for name in self.names)
+        self._gains = {
+            (k, ahead): _moved(self.chances.gain(site, ahead), self.device)
+            for k, site in self.graph.sites.items()
+            for ahead in (True, False)
+        }
+        self._crossings = {ahead: self._plan(ahead) for ahead in (True, False)}
+        self._starts = {ahead: self._start_units(ahead) for ahead in (True, False)}
+        for ahead, (_, units) in self._starts.items():
+            if not len(units):
+                raise ValueError(f"PHEW: no walk can start: no {'input' if ahead else 'output'} unit is on any path")
+        self._columns = self._slots()
+
+    # ------------------------------------------------------------------------------------------------- plans
+
+    def _plan(self, ahead: bool) -> dict[int, _Crossing]:
+        plan = {}
+        for k in self.graph.order:
+            if not ahead and k in self.graph.sites:
+                crossing = _Crossing(list(self.graph.back[k]), None)
+            else:
+                ways, weights = self.chances.branch(k, ahead)
+                crossing = _Crossing(ways, self._branch_table(weights))
+            for place, edge in enumerate(crossing.ways):
+                if edge is not None:
+                    links = (edge.ahead if ahead else edge.back).only(self.chances.alive(edge, ahead))
+                    crossing.links[place] = self._link_table(links)
+            plan[k] = crossing
+        return plan
+
+    def _branch_table(self, weights: Tensor) -> Table | None:
+        units, ways = weights.shape
+        if ways <= 1:
+            return None
+        start = torch.arange(units + 1) * ways
+        return Table.of(weights.flatten(), start, torch.arange(ways).repeat(units)).to(self.device)
+
+    def _link_table(self, links: Links) -> Table | None:
+        if links.is_identity:
+            return None
+        return Table.of(torch.ones(len(links.targets)).double(), links.start, links.targets).to(self.device)
+
+    def _start_units(self, ahead: bool) -> tuple[Tensor, Tensor]:
+        """(node, unit) of every unit a walk may start from, in order."""
+        ends = self.graph.inputs if ahead else self.graph.outputs
+        counts = [self.graph.units[k] for k in ends]
+        nodes = torch.repeat_interleave(torch.tensor(ends, dtype=torch.int64), torch.tensor(counts, dtype=torch.int64))
+        units = torch.cat([torch.arange(count) for count in counts]) if ends else torch.zeros(0, dtype=torch.int64)
+        alive = self.chances.starts(ahead)
+        return nodes[alive].to(self.device), units[alive].to(self.device)
+
+    def _slots(self) -> dict[int, int]:
+        """node -> the first column of its steps."""
+        columns, width = {}, 0
+        for k, site in self.graph.sites.items():
+            if site.weight in self.offsets:
+                columns[k] = width
+                width += site.shape[3] if self.keep_kernels else 1
+        self.width = max(width, 1)
+        return columns
+
+    # ------------------------------------------------------------------------------------------------- walking
+
+    def steps(self, first: int, count: int) -> Tensor:
+        """The weights that walks ``first``, ``first + 1``, ... take: places [count, width] int64, -1 for none."""
+        taken = torch.full((self.width, count), -1, dtype=torch.int64, device=self.device)
+        walks = torch.arange(first, first + count, device=self.device)
+        for ahead in (True, False):
+            rows = (walks % 2 == (0 if ahead else 1)).nonzero().flatten()
+            if rows.numel():
+                self._walk(walks[rows], rows, ahead, taken)
+        return taken.t().contiguous()
+
+    def _walk(self, walks: Tensor, rows: Tensor, ahead: bool, taken: Tensor) -> None:
+        arrived: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self._start(walks, ahead, arrived)
+        for k in self.graph.order if ahead else reversed(self.graph.order):
+            if k not in arrived:
+                continue
+            parts = arrived.pop(k)
+            who, units = parts[0] if len(parts) == 1 else (torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]))
+            if k in self.graph.sites:
+                units = self._cross(k, walks[who], units, ahead, rows[who], taken)
+            self._leave(k, walks, who, units, ahead, arrived)
+
+    def _start(self, walks: Tensor, ahead: bool, arrived: dict[int, list[tuple[Tensor, Tensor]]]) -> None:
+        nodes, units = self._starts[ahead]
+        if self.rule.start == "round_robin":
+            place = walks // 2 % len(units)
+        else:
+            cdf = torch.arange(1, len(units) + 1, device=self.device)
+            whole = torch.tensor([0, len(units)], device=self.device)
+            step = len(self.network.nodes)
+            zero = torch.zeros_like(walks)
+            place = walk_ops.walk_choose(cdf, whole, zero, walks, seed=self.seed, step=step, word=walk_ops.UNIT)
+        who = torch.arange(len(walks), device=self.device)
+        ends = self.graph.inputs if ahead else self.graph.outputs
+        for k in ends:
+            here = who if len(ends) == 1 else (nodes[place] == k).nonzero().flatten()
+            if here.numel():
+                arrived.setdefault(k, []).append((here, units[place[here]]))
+
+    def _cross(self, k: int, walks: Tensor, units: Tensor, ahead: bool, rows: Tensor, taken: Tensor) -> Tensor:
+        """One step through a synapse."""
+        site = self.graph.sites[k]
+        units, edge = walk_ops.walk_step(
+            self._weights[site.weight].view(site.shape),
+            units,
+            walks,
+            to_rows=site.forward_to_rows == ahead,
+            seed=self.seed,
+            step=k,
+            power=self.rule.power,
+            gain=self._gains[k, ahead],
+            valid=_moved(site.valid, self.device),
+        )
+        column = self._columns.get(k)
+        if column is not None:
+            place = edge + self.offsets[site.weight]
+            if not self.keep_kernels:
+                taken[column, rows] = place
+            else:
+                entries = site.shape[3]
+                begin = self.offsets[site.weight] + edge // entries * entries
+                for entry in range(entries):
+                    taken[column + entry, rows] = begin + entry
+        return units
+
+    def _leave(
+        self,
+        k: int,
+        walks: Tensor,
+        who: Tensor,
+        units: Tensor,
+        ahead: bool,
+        arrived: dict[int, list[tuple[Tensor, Tensor]]],
+    ) -> None:
+        """Takes a branch, and then the link to a unit at its end."""
+        crossing = self._crossings[ahead][k]
+        if crossing.branch is None:
+            choice = None
+        else:
+            table = crossing.branch
+            choice = walk_ops.walk_choose(
+                table.cdf, table.row_start, units, walks[who], seed=self.seed, step=k, word=walk_ops.BRANCH
+            )
+        for place, edge in enumerate(crossing.ways):
+            if edge is None:
+                continue
+            mine, at = who, units
+            if choice is not None:
+                here = (choice == place).nonzero().flatten()
+                if not here.numel():
+                    continue
+                mine, at = who[here], units[here]
+            links = crossing.links[place]
+            if links is not None:
+                row = walk_ops.walk_choose(
+                    links.cdf, links.row_start, at, walks[mine], seed=self.seed, step=edge.target, word=walk_ops.FLATTEN
+                )
+                at = links.choices[links.row_start[at] + row]
+            arrived.setdefault(edge.target if ahead else edge.source, []).append((mine, at))
+
+    # ---------------------------------------------------------------------------------------- how many walks
+
+    def _visits_per_walk(self) -> dict[int, float]:
+        """node -> how often a walk takes its synapse, branches shared evenly over units."""
+        rate = dict.fromkeys(self.graph.sites, 0.0)
+        for ahead in (True, False):
+            share = dict.fromkeys(self.graph.order, 0.0)
+            starts = self._starts[ahead][0].tolist()
+            for k in set(starts):
+                share[k] = starts.count(k) / len(starts)
+            for k in self.graph.order if ahead else reversed(self.graph.order):
+                if k in rate:
+                    rate[k] += share[k] / 2
+                ways, weights = ([*self.graph.back[k]], None) if not ahead and k in rate else self.chances.branch(k, ahead)
+                for place, edge in enumerate(ways):
+                    part = 1.0 if weights is None else float((weights[:, place] / weights.sum(1)).nan_to_num(0.0).mean())
+                    if edge is not None:
+                        share[edge.target if ahead else edge.source] += share[k] * part
+        return rate
+
+    def expected(self) -> Callable[[float], float]:
+        """Roughly how many weights ``n`` walks take: units visited evenly, weights drawn from a sample of each tensor."""
+        parts: list[tuple[float, float, Tensor]] = []  # visits a walk, size, relative weights
+        for k, rate in self._visits_per_walk().items():
+            site = self.graph.sites[k]
+            if site.weight not in self.offsets or rate == 0:
+                continue
+            flat = self._weights[site.weight].flatten()
+            stride = max(flat.numel() // _SAMPLE, 1)
+            u = powered(flat[::stride].cpu(), self.rule.power)
+            if self.keep_kernels:
+                u = torch.ones_like(u)
+            size = flat.numel() / (site.shape[3] if self.keep_kernels else 1)
+            mean = float(u.mean())
+            parts.append((rate / size, float(flat.numel()), u / mean if mean > 0 else torch.ones_like(u)))
+
+        def taken(n: float) -> float:
+            return sum(size * float(-torch.expm1(-n * rate * u).mean()) for rate, size, u in parts)
+
+        return taken
+
+    def limit(self) -> tuple[float, list[str]]:
+        """How many weights walks can ever take, and the names of the tensors with weights that they cannot."""
+        found: dict[str, Tensor] = {}
+        for ahead in (True, False):
+            for k, chance in self.chances.visits(ahead).items():
+                name = self.graph.sites[k].weight
+                here = (chance > 0).any(3, keepdim=True).expand(chance.shape) if self.keep_kernels else chance > 0
+                here = here.flatten()
+                found[name] = here if name not in found else found[name] | here
+        cannot = [f"{n} ({int((~found[n]).sum()):,})" for n in self.names if n in found and not bool(found[n].all())]
+        cannot += [f"{n} (all)" for n in self.names if n not in found]
+        return float(sum(int(found[n].sum()) for n in self.names if n in found)), cannot
+
+    # ------------------------------------------------------------------------------------------------- masks
+
+    def until(
+        self,
+        targets: Sequence[int],
+        *,
+        max_walks: int | None = None,
+        trim: bool = False,
+        tick: Callable[[int, int], None] = lambda walks, kept: None,
+    ) -> list[Marked]:
+        """Walks until each of the ascending targets is reached; nested by construction.
+
+        Args:
+            targets: numbers of weights to take.
+            max_walks: None: 64 times the expected number.
+            trim: take exactly the target: the last walk loses what is over it.
+
+        Raises:
+            ValueError: a target that no number of walks reaches, or that ``max_walks`` did not.
+        """
+        bits = torch.zeros(self.words, dtype=torch.int64, device=self.device)
+        expected = self.expected()
+        walks = marked = 0
+        ahead_of_time = torch.empty((0, self.width), dtype=torch.int64, device=self.device)  # walked, not marked
+        results = []
+        for target in targets:
+            allowed = max_walks
+            rate = 0.0
+            while marked < target:
+                if not len(ahead_of_time):
+                    if allowed is None and walks > 2 * _needed(expected, target):
+                        self._check_reachable(target, marked, walks)
+                        allowed = math.ceil(_PATIENCE * _needed(expected, target))
+                    if allowed is not None and walks >= allowed:
+                        raise ValueError(self._out_of_patience(target, marked, walks))
+                    size = self._batch(expected, target, marked, walks, rate)
+                    size = size if allowed is None else min(size, allowed - walks)
+                    ahead_of_time = self.steps(walks, size)
+                used, new = walk_ops.walk_mark_(bits, ahead_of_time, target - marked).tolist()
+                rate = new / used
+                ahead_of_time = ahead_of_time[used:]
+                walks, marked = walks + used, marked + new
+                tick(walks, marked)
+            results.append(Marked(bits.clone(), marked, walks))
+            if trim and marked > target:
+                results[-1] = self._trimmed(results[-1], target)
+        return results
+
+    def _batch(self, expected: Callable[[float], float], target: int, marked: int, walks: int, rate: float) -> int:
+        """How many walks to make next."""
+        largest = max(_BATCH_BYTES // (8 * self.width), _LEAST_BATCH)
+        if rate > 0:
+            missing = 1.1 * (target - marked) / rate
+        else:
+            missing = _OVERSHOOT * _needed(expected, target) - walks
+        return max(min(math.ceil(missing) + _LEAST_BATCH, largest), 2)
+
+    def _trimmed(self, found: Marked, target: int) -> Marked:
+        """Without what the last walk took over the target, its last steps first."""
+        last = self.steps(found.walks - 1, 1)[0]
+        bits = torch.zeros_like(found.bits)
+        if found.walks > 1:  # all walks but the last, again
+            done = 0
+            size = max(_BATCH_BYTES // (8 * self.width), 1)
+            while done < found.walks - 1:
+                count = min(size, found.walks - 1 - done)
+                walk_ops.walk_mark_(bits, self.steps(done, count), self.total + 1)
+                done += count
+        kept = int(_count_bits(bits))
+        walk_ops.walk_mark_(bits, last[:, None].contiguous(), target - kept)
+        return Marked(bits, target, found.walks)
+
+    def _check_reachable(self, target: int, marked: int, walks: int) -> None:
+        most, cannot = self.limit()
+        if most < target:
+            raise ValueError(
+                f"PHEW: density: wanted {target / self.total:.6g}, but walks can take {int(most):,} of {self.total:,} "
+                f"weights (density {most / self.total:.6g}); after {walks:,} walks {marked:,} are taken. "
+                f"Not to be reached: {', '.join(cannot[:8])}{' ...' if len(cannot) > 8 else ''}"
+            )
+
+    def _out_of_patience(self, target: int, marked: int, walks: int) -> str:
+        return (
+            f"PHEW: max_walks: {walks:,} walks reached density {marked / self.total:.6g} "
+            f"({marked:,} weights), short of {target / self.total:.6g}; a density nearer to 1 needs more"
+        )
+
+    def packed(self, marked: Marked, name: str) -> Tensor:
+        """The mask of a weight as flat little-endian bits, uint8 on the CPU: how ``Masks`` stores it."""
+        begin = self.offsets[name] // 64
+        count = self.network.tensors[name].numel()
+        return marked.bits[begin : begin + -(-count // 64)].cpu().view(torch.uint8)[: -(-count // 8)].clone()
+
+    def bits(self, marked: Marked, name: str) -> Tensor:
+        """The mask of a weight, bool of its shape."""
+        shape = self.network.tensors[name].shape
+        flat = self.packed(marked, name)
+        bools = (flat[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
+        return bools.flatten()[: shape.numel()].bool().reshape(shape)
+
+
+def _needed(expected: Callable[[float], float], target: float) -> float:
+    """How many walks are expected to take so many weights."""
+    high = 1.0
+    while expected(high) < target and high < 2.0**60:
+        high *= 2
+    low = high / 2
+    for _ in range(30):
+        middle = (low + high) / 2
+        low, high = (middle, high) if expected(middle) < target else (low, middle)
+    return high
+
+
+def _moved(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if tensor is None else tensor.to(device)
+
+
+def _count_bits(words: Tensor) -> Tensor:
+    """How many bits are set in int64 words."""
+    return ((words.view(torch.uint8)[:, None] >> torch.arange(8, dtype=torch.uint8, device=words.device)) & 1).sum()
+
+
