@@ -153,6 +153,8 @@ def walk_choose(
     cdf: Tensor, row_start: Tensor, rows: Tensor, walks: Tensor, seed: int, step: int, word: int
 ) -> Tensor:
     """See ``walk_ops.walk_choose``."""
+    if rows.numel() and not bool(((rows >= 0) & (rows < row_start.numel() - 1)).all()):
+        refuse("walk_choose", "rows", f"0 to {row_start.numel() - 2}", int(rows.max()))
     count = row_start[rows + 1] - row_start[rows]
     last = torch.where(count > 0, row_start[rows + 1] - 1, 0)
     total = torch.where(count > 0, cdf[last] if cdf.numel() else torch.zeros_like(rows), 0)

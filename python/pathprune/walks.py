@@ -318,6 +318,8 @@ class Walks:
             parts.append((rate / size, float(flat.numel()), u / mean if mean > 0 else torch.ones_like(u)))
 
         def taken(n: float) -> float:
+            if n == math.inf:
+                return sum(size * float((u > 0).double().mean()) for _, size, u in parts)
             return sum(size * float(-torch.expm1(-n * rate * u).mean()) for rate, size, u in parts)
 
         return taken
@@ -363,6 +365,8 @@ class Walks:
         for target in targets:
             allowed = max_walks
             rate = 0.0
+            if target > 0.9 * expected(math.inf):  # few weights, or none, can be left out: look closer
+                self._check_reachable(target, marked, walks)
             while marked < target:
                 if not len(ahead_of_time):
                     if allowed is None and walks > 2 * _needed(expected, target):
@@ -387,9 +391,9 @@ class Walks:
         """How many walks to make next."""
         largest = max(_BATCH_BYTES // (8 * self.width), _LEAST_BATCH)
         if rate > 0:
-            missing = 1.1 * (target - marked) / rate
+            missing = min(1.1 * (target - marked) / rate, walks)
         else:
-            missing = _OVERSHOOT * _needed(expected, target) - walks
+            missing = max(_OVERSHOOT * _needed(expected, target) - walks, walks / 4)
         return max(min(math.ceil(missing) + _LEAST_BATCH, largest), 2)
 
     def _trimmed(self, found: Marked, target: int) -> Marked:
@@ -439,7 +443,8 @@ class Walks:
 def _needed(expected: Callable[[float], float], target: float) -> float:
     """How many walks are expected to take so many weights."""
     high = 1.0
-    while expected(high) < target and high < 2.0**60:
+    target = min(target, 0.999 * expected(math.inf))
+    while expected(high) < target:
         high *= 2
     low = high / 2
     for _ in range(30):
