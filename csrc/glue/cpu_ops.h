@@ -67,6 +67,11 @@ Tensor gumbel_keys(const Tensor& scores, int64_t exponent, double temperature_in
 std::tuple<Tensor, Tensor> walk_step(const Tensor& weight, const Tensor& units, const Tensor& walks,
                                      const OptionalTensor& gain, const OptionalTensor& valid,
                                      int64_t power, bool to_rows, int64_t seed, int64_t step);
+std::tuple<Tensor, Tensor, Tensor> walk_field_step(const Tensor& weight, const Tensor& units,
+                                                   const Tensor& positions, const Tensor& walks,
+                                                   const Tensor& flow, const Tensor& leads_to,
+                                                   int64_t power, bool to_rows, int64_t seed,
+                                                   int64_t step);
 Tensor walk_choose(const Tensor& cdf, const Tensor& row_start, const Tensor& rows,
                    const Tensor& walks, int64_t seed, int64_t step, int64_t word);
 Tensor walk_mark_(const Tensor& bits, const Tensor& edges, int64_t target);

@@ -22,9 +22,9 @@ OptionalTensor check_optional(const char* op, const char* argument, const Option
 
 WalkStepArguments::WalkStepArguments(const Tensor& weight, const Tensor& units, const Tensor& walks,
                                      const OptionalTensor& gain, const OptionalTensor& valid,
-                                     int64_t power, bool to_rows, int64_t seed, int64_t step)
-    : weight_(weight), units_(units), walks_(walks), gain_(gain), valid_(valid) {
-  const char* op = "walk_step";
+                                     int64_t power, bool to_rows, int64_t seed, int64_t step,
+                                     const char* op)
+    : op_(op), weight_(weight), units_(units), walks_(walks), gain_(gain), valid_(valid) {
   const Storage storage = check_storage(op, "weight", weight);
   if (weight.dim() != 4) refuse(op, "weight", "4 dimensions [G, R, C, E]", describe(weight));
   weight_ = torch::stable::contiguous(weight);
@@ -48,8 +48,46 @@ WalkStepArguments::WalkStepArguments(const Tensor& weight, const Tensor& units, 
 void WalkStepArguments::check_units(const int64_t* units, int64_t count) const {
   for (int64_t i = 0; i < count; ++i) {
     if (units[i] < 0 || units[i] >= matrix_.units()) {
-      refuse("walk_step", "units", "0 to " + std::to_string(matrix_.units() - 1),
+      refuse(op_, "units", "0 to " + std::to_string(matrix_.units() - 1),
              std::to_string(units[i]));
+    }
+  }
+}
+
+WalkFieldArguments::WalkFieldArguments(const WalkStepArguments& step, const Tensor& positions,
+                                       const Tensor& flow, const Tensor& leads_to)
+    : op_(step.op()), positions_(positions), flow_(flow), leads_to_(leads_to) {
+  const WalkMatrix& m = step.matrix();
+  if (positions.dim() != 1) refuse(op_, "positions", "1 dimension", describe(positions));
+  positions_ = check_list(op_, "positions", positions, positions.size(0), positions);
+  if (flow.dim() != 2) refuse(op_, "flow", "2 dimensions [units, positions]", describe(flow));
+  const int64_t targets = m.groups * m.candidates();
+  check_tensor(op_, "flow", flow, ScalarType::Double, {targets, flow.size(1)}, positions);
+  flow_ = torch::stable::contiguous(flow);
+  if (leads_to.dim() != 2) refuse(op_, "leads_to", "2 dimensions", describe(leads_to));
+  check_tensor(op_, "leads_to", leads_to, ScalarType::Long, {leads_to.size(0), m.entries},
+               positions);
+  leads_to_ = torch::stable::contiguous(leads_to);
+}
+
+WalkField WalkFieldArguments::field(int64_t* next_position) const {
+  return {static_cast<const double*>(flow_.const_data_ptr()), flow_.size(1),
+          static_cast<const int64_t*>(leads_to_.const_data_ptr()),
+          static_cast<const int64_t*>(positions_.const_data_ptr()), next_position};
+}
+
+void WalkFieldArguments::check_positions() const {
+  const WalkField field = this->field(nullptr);
+  for (int64_t i = 0; i < positions_.numel(); ++i) {
+    if (field.at[i] < 0 || field.at[i] >= leads_to_.size(0)) {
+      refuse(op_, "positions", "0 to " + std::to_string(leads_to_.size(0) - 1),
+             std::to_string(field.at[i]));
+    }
+  }
+  for (int64_t i = 0; i < leads_to_.numel(); ++i) {
+    if (field.position[i] >= field.positions) {
+      refuse(op_, "leads_to", "positions below " + std::to_string(field.positions),
+             std::to_string(field.position[i]));
     }
   }
 }

@@ -13,8 +13,9 @@ class WalkStepArguments {
  public:
   WalkStepArguments(const Tensor& weight, const Tensor& units, const Tensor& walks,
                     const OptionalTensor& gain, const OptionalTensor& valid, int64_t power,
-                    bool to_rows, int64_t seed, int64_t step);
+                    bool to_rows, int64_t seed, int64_t step, const char* op = "walk_step");
 
+  const char* op() const { return op_; }
   const WalkMatrix& matrix() const { return matrix_; }
   const WalkRule& rule() const { return rule_; }
   const int64_t* units() const { return static_cast<const int64_t*>(units_.const_data_ptr()); }
@@ -23,10 +24,26 @@ class WalkStepArguments {
   void check_units(const int64_t* units, int64_t count) const;
 
  private:
+  const char* op_;
   Tensor weight_, units_, walks_;
   OptionalTensor gain_, valid_;
   WalkMatrix matrix_;
   WalkRule rule_;
+};
+
+// What a step with positions takes besides.
+class WalkFieldArguments {
+ public:
+  WalkFieldArguments(const WalkStepArguments& step, const Tensor& positions, const Tensor& flow,
+                     const Tensor& leads_to);
+
+  WalkField field(int64_t* next_position) const;
+  // Refuses positions that there are not. On the host only.
+  void check_positions() const;
+
+ private:
+  const char* op_;
+  Tensor positions_, flow_, leads_to_;
 };
 
 class WalkChooseArguments {

@@ -20,14 +20,14 @@ struct Grouped {
   std::vector<uint32_t> order;
 };
 
-Grouped group_by_unit(const Walkers& walkers, int64_t units) {
-  Grouped grouped = {std::vector<int64_t>(units + 1), std::vector<uint32_t>(walkers.count)};
-  for (int64_t i = 0; i < walkers.count; ++i) ++grouped.start[walkers.units[i] + 1];
+// `place(i)` is the unit that walker i is at.
+template <typename Place>
+Grouped group_by_unit(int64_t count, int64_t units, const Place& place) {
+  Grouped grouped = {std::vector<int64_t>(units + 1), std::vector<uint32_t>(count)};
+  for (int64_t i = 0; i < count; ++i) ++grouped.start[place(i) + 1];
   for (int64_t u = 0; u < units; ++u) grouped.start[u + 1] += grouped.start[u];
-  std::vector<int64_t> place(grouped.start.begin(), grouped.start.end() - 1);
-  for (int64_t i = 0; i < walkers.count; ++i) {
-    grouped.order[place[walkers.units[i]]++] = static_cast<uint32_t>(i);
-  }
+  std::vector<int64_t> next(grouped.start.begin(), grouped.start.end() - 1);
+  for (int64_t i = 0; i < count; ++i) grouped.order[next[place(i)]++] = static_cast<uint32_t>(i);
   return grouped;
 }
 
@@ -41,13 +41,13 @@ constexpr int64_t kTileBytes = 128;
 
 class Scratch {
  public:
-  Scratch(const WalkMatrix& m, int64_t tile_columns)
-      : weights_(m.candidates()),
-        cdf_(std::bit_ceil(static_cast<uint64_t>(m.candidates()))),
+  Scratch(const WalkMatrix& m, int64_t tile_columns, int64_t choices)
+      : weights_(choices),
+        cdf_(std::bit_ceil(static_cast<uint64_t>(choices))),
         // An odd number of cache lines: columns that began a power of two apart would evict each
         // other.
         pitch_(m.rows * m.entries + 80 - m.rows * m.entries % 64),
-        tile_(m.to_rows ? tile_columns * pitch_ * bytes_of(m.storage) : 0),
+        tile_(tile_columns * pitch_ * bytes_of(m.storage)),
         view_{weights_.data(), cdf_.data(), tile_.data(), pitch_} {}
   Scratch(const Scratch&) = delete;
 
@@ -77,7 +77,8 @@ std::tuple<Tensor, Tensor> walk_step(const Tensor& weight, const Tensor& units, 
   const Walkers walkers = {arguments.units(), arguments.walks(), units.numel(),
                            data_of<int64_t>(next), data_of<int64_t>(edge)};
   arguments.check_units(walkers.units, walkers.count);
-  const Grouped grouped = group_by_unit(walkers, m.units());
+  const Grouped grouped =
+      group_by_unit(walkers.count, m.units(), [&](int64_t i) { return walkers.units[i]; });
   const WalkKernels kernels = PP_BY_ISA(walk_kernels)();
   const auto is_busy = [&](int64_t unit) { return grouped.start[unit] < grouped.start[unit + 1]; };
   const auto move = [&](const Scratch& scratch, const void* values, int64_t unit) {
@@ -89,7 +90,7 @@ std::tuple<Tensor, Tensor> walk_step(const Tensor& weight, const Tensor& units, 
   if (!to_rows) {
     const int64_t row_bytes = m.columns * m.entries * value_bytes;
     torch::stable::parallel_for(0, m.units(), 16, [&](int64_t begin, int64_t end) {
-      const Scratch scratch(m, 0);
+      const Scratch scratch(m, 0, m.candidates());
       for (int64_t u = begin; u < end; ++u) {
         if (is_busy(u)) move(scratch, static_cast<const char*>(m.values) + u * row_bytes, u);
       }
@@ -99,7 +100,7 @@ std::tuple<Tensor, Tensor> walk_step(const Tensor& weight, const Tensor& units, 
   const int64_t tile = std::max<int64_t>(kTileBytes / (m.entries * value_bytes), 1);
   const int64_t tiles = (m.columns + tile - 1) / tile;
   torch::stable::parallel_for(0, m.groups * tiles, 1, [&](int64_t begin, int64_t end) {
-    const Scratch scratch(m, tile);
+    const Scratch scratch(m, tile, m.candidates());
     for (int64_t i = begin; i < end; ++i) {
       const int64_t group = i / tiles, column = i % tiles * tile;
       const int64_t count = std::min(tile, m.columns - column);
@@ -114,6 +115,39 @@ std::tuple<Tensor, Tensor> walk_step(const Tensor& weight, const Tensor& units, 
     }
   });
   return {next, edge};
+}
+
+std::tuple<Tensor, Tensor, Tensor> walk_field_step(const Tensor& weight, const Tensor& units,
+                                                   const Tensor& positions, const Tensor& walks,
+                                                   const Tensor& flow, const Tensor& leads_to,
+                                                   int64_t power, bool to_rows, int64_t seed,
+                                                   int64_t step) {
+  const WalkStepArguments arguments(weight, units, walks, std::nullopt, std::nullopt, power, to_rows,
+                                    seed, step, "walk_field_step");
+  const WalkMatrix& m = arguments.matrix();
+  const WalkFieldArguments field_arguments(arguments, positions, flow, leads_to);
+  const Tensor next = new_tensor(units, {units.numel()}, ScalarType::Long);
+  const Tensor next_position = new_tensor(units, {units.numel()}, ScalarType::Long);
+  const Tensor edge = new_tensor(units, {units.numel()}, ScalarType::Long);
+  const Walkers walkers = {arguments.units(), arguments.walks(), units.numel(),
+                           data_of<int64_t>(next), data_of<int64_t>(edge)};
+  const WalkField field = field_arguments.field(data_of<int64_t>(next_position));
+  arguments.check_units(walkers.units, walkers.count);
+  field_arguments.check_positions();
+  const int64_t places = leads_to.size(0), states = m.units() * places;
+  const Grouped grouped = group_by_unit(
+      walkers.count, states, [&](int64_t i) { return walkers.units[i] * places + field.at[i]; });
+  const WalkKernels kernels = PP_BY_ISA(walk_kernels)();
+  torch::stable::parallel_for(0, states, 1, [&](int64_t begin, int64_t end) {
+    const Scratch scratch(m, 0, m.candidates() * m.entries);
+    for (int64_t state = begin; state < end; ++state) {
+      const int64_t first = grouped.start[state], count = grouped.start[state + 1] - first;
+      if (!count) continue;
+      kernels.field(m, arguments.rule(), field, walkers, scratch.view(), state / places,
+                    state % places, grouped.order.data() + first, count);
+    }
+  });
+  return {next, next_position, edge};
 }
 
 Tensor walk_choose(const Tensor& cdf, const Tensor& row_start, const Tensor& rows,

@@ -74,6 +74,23 @@ struct Walkers {
   int64_t* edge;  // [count] the flat index of the weight it takes, or -1
 };
 
+// The backward (or forward) flow beyond a synapse, where walks move over units and positions.
+struct WalkField {
+  const double* flow;         // [target units, positions] >= 0
+  int64_t positions;          // beyond the synapse
+  const int64_t* position;    // [positions on this side, entries]: where each entry leads; -1: nowhere
+  const int64_t* at;          // [count] the position of each walker
+  int64_t* next_position;     // [count]
+};
+
+// The weight of one kernel entry in the field: |w|^power times the flow where it leads.
+template <typename W>
+PP_HD double field_weight(W w, int power, const WalkField& field, int64_t target, int64_t position) {
+  if (position < 0) return 0;
+  return times(walk_weight(static_cast<double>(widen(w)), power),
+               field.flow[target * field.positions + position]);
+}
+
 // The weight of one candidate, whose entries lie side by side.
 template <typename W>
 PP_HD double candidate_weight(const W* entries, int64_t count, const WalkRule& rule) {

@@ -108,7 +108,19 @@ void fill_prefix_sums(const double* weights, int64_t count, int scale, uint64_t*
   for (; i < count; ++i) cdf[i] = sum += scaled_integer(weights[i], scale, 1);
 }
 
-// The CDF of a unit, or 0 candidates that could be drawn: false.
+// The CDF of scratch.weights, padded for `search`; false where all are 0.
+bool fill_cdf(int64_t count, const WalkScratch& scratch) {
+  const double largest = largest_of(scratch.weights, count);
+  if (largest == 0) return false;
+  const int rough = rough_scale(count, exponent_of(largest));
+  const int scale = final_scale(count, rough, sum_of_integers(scratch.weights, count, rough));
+  fill_prefix_sums(scratch.weights, count, scale, scratch.cdf);
+  const uint64_t padded = std::bit_ceil(static_cast<uint64_t>(count));
+  for (uint64_t i = count; i < padded; ++i) scratch.cdf[i] = UINT64_MAX;
+  return true;
+}
+
+// The CDF of a unit; false where no candidate could be drawn.
 template <typename W>
 bool fill_unit(const WalkMatrix& m, const WalkRule& rule, const W* values, int64_t unit,
                const WalkScratch& scratch) {
@@ -120,20 +132,9 @@ bool fill_unit(const WalkMatrix& m, const WalkRule& rule, const W* values, int64
     const double* gain = rule.gain + first_target;
     for (int64_t i = 0; i < count; ++i) weights[i] = weights[i] * gain[i];
   }
-  double largest = largest_of(weights, count);
-  if (largest == 0) {
-    for (int64_t i = 0; i < count; ++i) {
-      weights[i] = uniform_weight(rule, first_target + i, m.entries);
-    }
-    largest = largest_of(weights, count);
-    if (largest == 0) return false;
-  }
-  const int rough = rough_scale(count, exponent_of(largest));
-  const int scale = final_scale(count, rough, sum_of_integers(weights, count, rough));
-  fill_prefix_sums(weights, count, scale, scratch.cdf);
-  const auto padded = static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(count)));
-  std::fill(scratch.cdf + count, scratch.cdf + padded, UINT64_MAX);
-  return true;
+  if (fill_cdf(count, scratch)) return true;
+  for (int64_t i = 0; i < count; ++i) weights[i] = uniform_weight(rule, first_target + i, m.entries);
+  return fill_cdf(count, scratch);
 }
 
 // For each of a batch, the smallest index whose CDF exceeds its draw. `padded` is a power of two, up
@@ -166,6 +167,29 @@ PP_INLINE void search(const uint64_t* cdf, uint64_t padded, const uint64_t (&dra
 #endif
 }
 
+// Draws for the walkers order[0, count) from the CDF, and calls arrive(walker, index, walk) for each.
+template <typename Arrive>
+PP_INLINE void draw_all(const WalkScratch& scratch, int64_t candidates, const WalkRule& rule,
+                        const Walkers& walkers, const uint32_t* order, int64_t count,
+                        const Arrive& arrive) {
+  const uint64_t total = scratch.cdf[candidates - 1];
+  const uint64_t padded = std::bit_ceil(static_cast<uint64_t>(candidates));
+  for (int64_t begin = 0; begin < count; begin += kBatch) {
+    const int here = static_cast<int>(count - begin < kBatch ? count - begin : kBatch);
+    int64_t walk[kBatch] = {};
+    uint64_t word[kBatch], draw[kBatch], found[kBatch];
+    for (int k = 0; k < here; ++k) walk[k] = walkers.walks[order[begin + k]];
+    for (int k = 0; k < kBatch; ++k) {
+      word[k] = walk_word(rule.seed, walk[k], rule.step, WalkWord::kUnit);
+    }
+    for (int k = 0; k < kBatch; ++k) draw[k] = fixed_draw(word[k], total);
+    search(scratch.cdf, padded, draw, found);
+    for (int k = 0; k < here; ++k) {
+      arrive(order[begin + k], static_cast<int64_t>(found[k]), walk[k]);
+    }
+  }
+}
+
 template <typename W>
 void move_walkers(const WalkMatrix& m, const WalkRule& rule, const Walkers& walkers,
                   const WalkScratch& scratch, const W* values, int64_t unit, const uint32_t* order,
@@ -180,27 +204,43 @@ void move_walkers(const WalkMatrix& m, const WalkRule& rule, const Walkers& walk
     }
     return;
   }
-  const uint64_t* cdf = scratch.cdf;
-  const uint64_t total = cdf[candidates - 1];
-  const uint64_t padded = std::bit_ceil(static_cast<uint64_t>(candidates));
-  for (int64_t begin = 0; begin < count; begin += kBatch) {
-    const int here = static_cast<int>(std::min<int64_t>(kBatch, count - begin));
-    int64_t walk[kBatch] = {};
-    uint64_t word[kBatch], draw[kBatch], found[kBatch];
-    for (int k = 0; k < here; ++k) walk[k] = walkers.walks[order[begin + k]];
-    for (int k = 0; k < kBatch; ++k) {
-      word[k] = walk_word(rule.seed, walk[k], rule.step, WalkWord::kUnit);
-    }
-    for (int k = 0; k < kBatch; ++k) draw[k] = fixed_draw(word[k], total);
-    search(cdf, padded, draw, found);
-    for (int k = 0; k < here; ++k) {
-      const int64_t walker = order[begin + k];
-      const auto chosen = static_cast<int64_t>(found[k]);
-      const int64_t entry = draw_entry(values + chosen * m.entries, m.entries, rule, walk[k]);
-      walkers.next[walker] = first_target + chosen;
-      walkers.edge[walker] = first + chosen * stride + entry;
+  draw_all(scratch, candidates, rule, walkers, order, count,
+           [&](int64_t walker, int64_t chosen, int64_t walk) {
+             const W* kernel = values + chosen * m.entries;
+             walkers.next[walker] = first_target + chosen;
+             walkers.edge[walker] =
+                 first + chosen * stride + draw_entry(kernel, m.entries, rule, walk);
+           });
+}
+
+template <typename W>
+void move_in_field(const WalkMatrix& m, const WalkRule& rule, const WalkField& field,
+                   const Walkers& walkers, const WalkScratch& scratch, int64_t unit,
+                   int64_t position, const uint32_t* order, int64_t count) {
+  const int64_t candidates = m.candidates(), entries = m.entries;
+  const int64_t first_target = m.group_of(unit) * candidates;
+  const int64_t first = m.first(unit), stride = m.stride();
+  const W* values = static_cast<const W*>(m.values) + first;
+  const int64_t* leads_to = field.position + position * entries;
+  for (int64_t c = 0; c < candidates; ++c) {
+    for (int64_t e = 0; e < entries; ++e) {
+      scratch.weights[c * entries + e] =
+          field_weight(values[c * stride + e], rule.power, field, first_target + c, leads_to[e]);
     }
   }
+  if (!fill_cdf(candidates * entries, scratch)) {
+    for (int64_t i = 0; i < count; ++i) {
+      walkers.next[order[i]] = walkers.edge[order[i]] = field.next_position[order[i]] = -1;
+    }
+    return;
+  }
+  draw_all(scratch, candidates * entries, rule, walkers, order, count,
+           [&](int64_t walker, int64_t chosen, int64_t) {
+             const int64_t candidate = chosen / entries, entry = chosen % entries;
+             walkers.next[walker] = first_target + candidate;
+             walkers.edge[walker] = first + candidate * stride + entry;
+             field.next_position[walker] = leads_to[entry];
+           });
 }
 
 // Calls function(W()) for the type that values are stored in.
@@ -224,6 +264,14 @@ void unit(const WalkMatrix& m, const WalkRule& rule, const Walkers& walkers,
   by_stored(m.storage, [&](auto kind) {
     move_walkers(m, rule, walkers, scratch, static_cast<const decltype(kind)*>(values), unit, order,
                  count);
+  });
+}
+
+void field(const WalkMatrix& m, const WalkRule& rule, const WalkField& field,
+           const Walkers& walkers, const WalkScratch& scratch, int64_t unit, int64_t position,
+           const uint32_t* order, int64_t count) {
+  by_stored(m.storage, [&](auto kind) {
+    move_in_field<decltype(kind)>(m, rule, field, walkers, scratch, unit, position, order, count);
   });
 }
 
@@ -270,6 +318,6 @@ void transpose(const WalkMatrix& m, const WalkScratch& scratch, int64_t group, i
 
 }  // namespace
 
-WalkKernels walk_kernels() { return {unit, transpose}; }
+WalkKernels walk_kernels() { return {unit, field, transpose}; }
 
 }  // namespace pathprune::PATHPRUNE_ISA

@@ -22,6 +22,11 @@ struct WalkKernels {
   // [candidates, entries] side by side.
   void (*unit)(const WalkMatrix&, const WalkRule&, const Walkers&, const WalkScratch&,
                const void* values, int64_t unit, const uint32_t* order, int64_t count);
+  // Moves the walkers at `unit` and one position, to a unit and a position in proportion to the flow
+  // beyond. The scratch holds every entry of every candidate.
+  void (*field)(const WalkMatrix&, const WalkRule&, const WalkField&, const Walkers&,
+                const WalkScratch&, int64_t unit, int64_t position, const uint32_t* order,
+                int64_t count);
   // Copies `count` columns from `column` of a group on to scratch.transposed, one after the other.
   void (*transpose)(const WalkMatrix&, const WalkScratch&, int64_t group, int64_t column,
                     int64_t count);

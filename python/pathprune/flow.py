@@ -76,6 +76,7 @@ class PathFlow:
         self.values: dict[int, Scaled] = {}
         self.keep_flows = False  # keep every node's forward and backward flow, to look at (conservation, reports)
         self.backward_flows: dict[int, Scaled] = {}
+        self.input_flows: dict[tuple[int, int], Scaled] = {}  # (node, slot) -> what goes back along that input
 
     # ------------------------------------------------------------------------------------------- preparation
 
@@ -357,7 +358,9 @@ class PathFlow:
                 self.backward_flows[k] = g
             node = self.network.nodes[k]
             step = getattr(self, f"_backward_{type(node).__name__.lower()}")
-            for i, flow in zip(node.inputs, step(k, node, g, guess), strict=True):
+            for slot, (i, flow) in enumerate(zip(node.inputs, step(k, node, g, guess), strict=True)):
+                if self.keep_flows:
+                    self.input_flows[k, slot] = flow
                 if i in self._carries or self.keep_flows:
                     flows.setdefault(i, []).append(flow)
         for weight in self.weights.values():

@@ -85,6 +85,12 @@ def _schedule(report: Report) -> str:
     found, config = report.findings, report.metadata.get("config", {})
     rounds = found["rounds"]
     kept = found.get("kept", [])
+    if "walks" in found:
+        over = found.get("overshoot", 0)
+        trace = found.get("log2_path_kernel_trace")
+        text = f"{found['walks']:,} walks, {over} weight{'' if over == 1 else 's'} over the target"
+        text += f"; trace of the path kernel {_two_to(trace)}; seed {report.metadata.get('seed', '?')}"
+        return text
     text = f"{rounds} round{'s' if rounds > 1 else ''}, {config.get('schedule', '?')} schedule"
     text += f", scope {config.get('scope', '?')}, seed {report.metadata.get('seed', '?')}"
     if rounds > 1 and len(kept) == rounds:

@@ -17,7 +17,7 @@ from . import walk_reference
 from .checks import WEIGHT_DTYPES, refuse
 from .ops import define
 
-__all__ = ["walk_choose", "walk_mark_", "walk_step"]
+__all__ = ["walk_choose", "walk_field_step", "walk_mark_", "walk_step"]
 
 UNIT, ENTRY, BRANCH, FLATTEN = range(4)
 
@@ -27,6 +27,13 @@ _STEP = define(
     " int step) -> (Tensor, Tensor)",
     walk_reference.walk_step,
     lambda a: (torch.empty_like(a.units), torch.empty_like(a.units)),
+)
+_FIELD_STEP = define(
+    "walk_field_step",
+    "(Tensor weight, Tensor units, Tensor positions, Tensor walks, Tensor flow, Tensor leads_to, int power,"
+    " bool to_rows, int seed, int step) -> (Tensor, Tensor, Tensor)",
+    walk_reference.walk_field_step,
+    lambda a: tuple(torch.empty_like(a.units) for _ in range(3)),
 )
 _CHOOSE = define(
     "walk_choose",
@@ -75,6 +82,48 @@ def walk_step(
     """
     _check_step(weight, units, walks, power, to_rows, step, gain, valid)
     return _STEP(weight, units, walks, gain, valid, power, to_rows, seed, step)
+
+
+def walk_field_step(
+    weight: Tensor,
+    units: Tensor,
+    positions: Tensor,
+    walks: Tensor,
+    flow: Tensor,
+    leads_to: Tensor,
+    *,
+    to_rows: bool,
+    seed: int,
+    step: int,
+    power: int = 1,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Moves walkers through a weight to a unit and a position, in proportion to ``|w_rce|^power * flow``.
+
+    With the flow that goes on from there (the backward flow, for a walk ahead) whole paths are drawn in exact
+    proportion to their value. One draw, over candidates and within them over entries.
+
+    Args:
+        weight, units, walks, to_rows, seed, step, power: as for :func:`walk_step`.
+        positions: [n] int64: where each walker is.
+        flow: [target units, target positions] float64, finite and >= 0.
+        leads_to: [positions, E] int64: the target position of each kernel entry; negative: none.
+
+    Returns:
+        (units, positions, flat indices of the weights taken), each [n] int64; -1 where no flow lies ahead.
+    """
+    op = "walk_field_step"
+    _check_step(weight, units, walks, power, to_rows, step, None, None, op)
+    _check_list(op, "positions", positions, weight.device)
+    targets = weight.shape[0] * weight.shape[1 if to_rows else 2]
+    if positions.shape != units.shape:
+        refuse(op, "positions", f"int64 {list(units.shape)} on {weight.device}", positions)
+    if flow.dim() != 2 or flow.dtype != torch.float64 or len(flow) != targets or flow.device != weight.device:
+        refuse(op, "flow", f"float64 [{targets}, positions] on {weight.device}", flow)
+    entries = weight.shape[3]
+    wrong = leads_to.dim() != 2 or leads_to.dtype != torch.int64 or leads_to.shape[1] != entries
+    if wrong or leads_to.device != weight.device:
+        refuse(op, "leads_to", f"int64 [positions, {entries}] on {weight.device}", leads_to)
+    return _FIELD_STEP(weight, units, positions, walks, flow, leads_to, power, to_rows, seed, step)
 
 
 def walk_choose(
@@ -136,8 +185,8 @@ def _check_step(
     step: int,
     gain: Tensor | None,
     valid: Tensor | None,
+    op: str = "walk_step",
 ) -> None:
-    op = "walk_step"
     if weight.dtype not in WEIGHT_DTYPES or weight.dim() != 4:
         refuse(op, "weight", "float32, float64, bfloat16 or float16 [G, R, C, E]", weight)
     _check_list(op, "units", units, weight.device)

@@ -149,6 +149,48 @@ def walk_step(
     return next_units, edges
 
 
+def walk_field_step(
+    weight: Tensor,
+    units: Tensor,
+    positions: Tensor,
+    walks: Tensor,
+    flow: Tensor,
+    leads_to: Tensor,
+    power: int,
+    to_rows: bool,
+    seed: int,
+    step: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See ``walk_ops.walk_field_step``."""
+    groups, rows, columns, entries = weight.shape
+    sources, targets = (columns, rows) if to_rows else (rows, columns)
+    for name, given, count in (("units", units, groups * sources), ("positions", positions, len(leads_to))):
+        if given.numel() and not bool(((given >= 0) & (given < count)).all()):
+            refuse("walk_field_step", name, f"0 to {count - 1}", int(given.min() if given.min() < 0 else given.max()))
+    by_unit = (weight.transpose(1, 2) if to_rows else weight).reshape(groups * sources, targets, entries)
+    beyond = flow.reshape(groups, targets, -1)
+    results = [torch.full_like(units, -1) for _ in range(3)]
+    words = philox(walks, seed, step)[0]
+    chunk = max(_CHUNK // max(targets * entries, 1), 1)
+    for begin in range(0, units.numel(), chunk):
+        part = slice(begin, begin + chunk)
+        unit = units[part]
+        group = unit // max(sources, 1)
+        led = leads_to[positions[part]]  # [n, E]
+        there = beyond[group].gather(2, led.clamp(min=0)[:, None, :].expand(-1, targets, -1))
+        weights = torch.where((led >= 0)[:, None, :], powered(by_unit[unit], power) * there, 0.0)
+        chosen = _chosen(fixed_rows(weights.flatten(1)), words[part])
+        at = chosen.clamp(min=0)
+        candidate, entry = at // entries, at % entries
+        source = unit % max(sources, 1)
+        row, column = (candidate, source) if to_rows else (source, candidate)
+        edge = ((group * rows + row) * columns + column) * entries + entry
+        place = led.gather(1, entry[:, None])[:, 0]
+        for result, value in zip(results, (group * targets + candidate, place, edge), strict=True):
+            result[part] = torch.where(chosen >= 0, value, -1)
+    return results[0], results[1], results[2]
+
+
 def walk_choose(
     cdf: Tensor, row_start: Tensor, rows: Tensor, walks: Tensor, seed: int, step: int, word: int
 ) -> Tensor:
