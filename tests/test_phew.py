@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 
@@ -38,7 +39,7 @@ def test_the_density_is_reached_with_at_most_one_path_over():
 def test_masks_of_a_list_of_densities_are_nested_and_those_of_each():
     densities = [1.0, 0.5, 0.2, 0.02]
     several = pp.prune(net(), pp.PHEW(), density=densities, example_input=X, seed=4)
-    for larger, smaller in zip(several, several[1:], strict=False):
+    for larger, smaller in itertools.pairwise(several):
         assert not any(bool((smaller[name] & ~larger[name]).any()) for name in smaller)
     for density, masks in zip(densities, several, strict=True):
         alone = pp.prune(net(), pp.PHEW(), density=density, example_input=X, seed=4)
@@ -83,17 +84,35 @@ def test_larger_weights_are_kept_more_often():
     for power in (2, 1, 0, -1):
         masks = pp.prune(model, pp.PHEW(power=power), density=0.1, example_input=X)
         weights = dict(model.named_parameters())
-        kept = torch.cat([weights[name].detach()[mask].abs() / weights[name].detach().abs().mean() for name, mask in masks.items()])
+        kept = torch.cat(
+            [weights[name].detach()[mask].abs() / weights[name].detach().abs().mean() for name, mask in masks.items()]
+        )
         mean[power] = float(kept.mean())
     assert mean[2] > mean[1] > mean[0] > mean[-1]
 
 
+@pytest.mark.parametrize("power", [1, 2])
+def test_exact_paths_keep_whole_paths(power):
+    torch.manual_seed(0)
+    model = models.resnet20()
+    masks = pp.prune(
+        model, pp.PHEW(bias="flow", power=power), density=[0.05, 0.01], example_input=torch.ones(1, 3, 32, 32)
+    )
+    for kept in masks:
+        assert "all on a path" in str(kept.report())
+        assert 0 <= kept.metadata["findings"]["overshoot"] < 22
+    assert not any(bool((masks[1][name] & ~masks[0][name]).any()) for name in masks[0])
+
+
 @pytest.mark.parametrize(
-    "options, message",
+    ("options", "message"),
     [
         ({"power": 3}, "PHEW: power: wanted one of"),
         ({"branches": "coin"}, "PHEW: branches: wanted one of"),
         ({"start": "anywhere"}, "PHEW: start: wanted one of"),
+        ({"bias": "mass"}, "PHEW: bias: wanted None or 'flow'"),
+        ({"bias": "flow", "identities": True}, "PHEW: bias: 'flow' wanted power 1 or 2"),
+        ({"bias": "flow", "power": 0}, "PHEW: bias: 'flow' wanted power 1 or 2"),
         ({"max_walks": 0}, "PHEW: max_walks: wanted at least 1"),
     ],
 )

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 import walk_oracle
 from pathprune import PathNetwork, models
 from pathprune.ops import WeightMap
-from pathprune.walks import Marked, WalkRule, Walks
+from pathprune.walk_masks import Marked
+from pathprune.walks import WalkRule, Walks
 
 
 class Kinds(nn.Module):
-    """Every form of synapse, a strided and a grouped one, an identity skip, a projection, a concatenation, a flatten."""
+    """Every form of synapse, strides and groups, an identity skip, a projection, a concatenation, a flatten."""
 
     shape = (2, 6, 6)
 
@@ -123,7 +124,7 @@ def test_the_mask_is_that_of_the_sequential_rule():
 def test_batches_and_threads_do_not_show(batch_bytes, monkeypatch):
     net = network("kinds")
     found = Walks(net, net.prunable, WalkRule(branches="flow"), seed=2).until([100, 400])
-    monkeypatch.setattr("pathprune.walks._BATCH_BYTES", batch_bytes)
+    monkeypatch.setattr("pathprune.walk_masks._BATCH_BYTES", batch_bytes)
     before = torch.get_num_threads()
     for threads in (1, 2, 7):
         torch.set_num_threads(threads)
@@ -142,7 +143,9 @@ def test_cuda_walks_are_those_of_the_cpu():
     net = PathNetwork.from_module(model, x)
     found = Walks(net, net.prunable, WalkRule(branches="flow"), seed=2).until([100, 400])
     there = PathNetwork.from_module(model.cuda(), x.cuda())
-    for a, b in zip(found, Walks(there, net.prunable, WalkRule(branches="flow"), seed=2).until([100, 400]), strict=True):
+    for a, b in zip(
+        found, Walks(there, net.prunable, WalkRule(branches="flow"), seed=2).until([100, 400]), strict=True
+    ):
         assert torch.equal(a.bits, b.bits.cpu())
         assert (a.kept, a.walks) == (b.kept, b.walks)
 

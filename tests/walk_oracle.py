@@ -9,8 +9,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from pathprune import _C as core
+import pathprune
 from pathprune.walks import Walks
+
+core = pathprune._C
 
 
 def word(seed: int, walk: int, step: int, which: int) -> int:
@@ -64,7 +66,7 @@ def walk(walks: Walks, number: int) -> list[tuple[str, int]]:
 def step(walks: Walks, k: int, unit: int, number: int, ahead: bool) -> tuple[str, int, int]:
     """One draw of a unit and of a kernel entry."""
     site = walks.graph.sites[k]
-    groups, rows, columns, entries = site.shape
+    _groups, rows, columns, entries = site.shape
     weight = walks.network.tensors[site.weight].detach().double().reshape(site.shape)
     to_rows = site.forward_to_rows == ahead
     sources, targets = (columns, rows) if to_rows else (rows, columns)

@@ -36,7 +36,7 @@ WalkStepArguments::WalkStepArguments(const Tensor& weight, const Tensor& units, 
   }
   if (power < -1 || power > 2) refuse(op, "power", "-1, 0, 1 or 2", std::to_string(power));
   check_at_least(op, "step", step, 0);
-  matrix_ = {weight_.const_data_ptr(), storage,         weight.size(0), weight.size(1),
+  matrix_ = {weight_.const_data_ptr(), storage,        weight.size(0), weight.size(1),
              weight.size(2),           weight.size(3), to_rows};
   gain_ = check_optional(op, "gain", gain, ScalarType::Double,
                          matrix_.groups * matrix_.candidates(), weight);
@@ -48,8 +48,7 @@ WalkStepArguments::WalkStepArguments(const Tensor& weight, const Tensor& units, 
 void WalkStepArguments::check_units(const int64_t* units, int64_t count) const {
   for (int64_t i = 0; i < count; ++i) {
     if (units[i] < 0 || units[i] >= matrix_.units()) {
-      refuse(op_, "units", "0 to " + std::to_string(matrix_.units() - 1),
-             std::to_string(units[i]));
+      refuse(op_, "units", "0 to " + std::to_string(matrix_.units() - 1), std::to_string(units[i]));
     }
   }
 }

@@ -122,8 +122,8 @@ std::tuple<Tensor, Tensor, Tensor> walk_field_step(const Tensor& weight, const T
                                                    const Tensor& flow, const Tensor& leads_to,
                                                    int64_t power, bool to_rows, int64_t seed,
                                                    int64_t step) {
-  const WalkStepArguments arguments(weight, units, walks, std::nullopt, std::nullopt, power, to_rows,
-                                    seed, step, "walk_field_step");
+  const WalkStepArguments arguments(weight, units, walks, std::nullopt, std::nullopt, power,
+                                    to_rows, seed, step, "walk_field_step");
   const WalkMatrix& m = arguments.matrix();
   const WalkFieldArguments field_arguments(arguments, positions, flow, leads_to);
   const Tensor next = new_tensor(units, {units.numel()}, ScalarType::Long);

@@ -1,10 +1,10 @@
 // One step of many biased random walks, as integers: the element maths that host and device share.
 //
-// A walker at a unit chooses the smallest candidate whose fixed-point CDF (core/fixed_cdf.h) exceeds
-// a 32-bit word of philox(seed, walk, step). The candidate's weight is the sum of |w|^power over the
-// kernel entries that are valid, in float64 and in the order of the entries, times its gain. Then
-// the kernel entry is drawn the same way among the candidate's own. All of this is a pure function
-// of the weights and of (seed, walk, step): no order of work shows in it.
+// A walker at a unit chooses the smallest candidate whose fixed-point CDF (core/fixed_cdf.h)
+// exceeds a 32-bit word of philox(seed, walk, step). The candidate's weight is the sum of |w|^power
+// over the kernel entries that are valid, in float64 and in the order of the entries, times its
+// gain. Then the kernel entry is drawn the same way among the candidate's own. All of this is a
+// pure function of the weights and of (seed, walk, step): no order of work shows in it.
 
 #pragma once
 
@@ -21,8 +21,7 @@ namespace pathprune {
 enum class WalkWord : int { kUnit = 0, kEntry = 1, kBranch = 2, kFlatten = 3 };
 
 PP_HD uint64_t walk_word(uint64_t seed, int64_t walk, int64_t step, WalkWord word) {
-  const PhiloxBlock block =
-      philox(seed, static_cast<uint64_t>(walk), static_cast<uint64_t>(step));
+  const PhiloxBlock block = philox(seed, static_cast<uint64_t>(walk), static_cast<uint64_t>(step));
   return static_cast<uint64_t>(block.word[static_cast<int>(word)]) << 32;
 }
 
@@ -76,16 +75,18 @@ struct Walkers {
 
 // The backward (or forward) flow beyond a synapse, where walks move over units and positions.
 struct WalkField {
-  const double* flow;         // [target units, positions] >= 0
-  int64_t positions;          // beyond the synapse
-  const int64_t* position;    // [positions on this side, entries]: where each entry leads; -1: nowhere
-  const int64_t* at;          // [count] the position of each walker
-  int64_t* next_position;     // [count]
+  const double* flow;  // [target units, positions] >= 0
+  int64_t positions;   // beyond the synapse
+  const int64_t*
+      position;            // [positions on this side, entries]: where each entry leads; -1: nowhere
+  const int64_t* at;       // [count] the position of each walker
+  int64_t* next_position;  // [count]
 };
 
 // The weight of one kernel entry in the field: |w|^power times the flow where it leads.
 template <typename W>
-PP_HD double field_weight(W w, int power, const WalkField& field, int64_t target, int64_t position) {
+PP_HD double field_weight(W w, int power, const WalkField& field, int64_t target,
+                          int64_t position) {
   if (position < 0) return 0;
   return times(walk_weight(static_cast<double>(widen(w)), power),
                field.flow[target * field.positions + position]);
@@ -96,7 +97,8 @@ template <typename W>
 PP_HD double candidate_weight(const W* entries, int64_t count, const WalkRule& rule) {
   double sum = 0;
   for (int64_t e = 0; e < count; ++e) {
-    if (rule.is_valid(e)) sum = plus(sum, walk_weight(static_cast<double>(widen(entries[e])), rule.power));
+    if (rule.is_valid(e))
+      sum = plus(sum, walk_weight(static_cast<double>(widen(entries[e])), rule.power));
   }
   return sum;
 }
@@ -145,7 +147,8 @@ PP_HD int64_t draw_entry(const W* entries, int64_t count, const WalkRule& rule, 
   return draw_among(count, word, [&](int64_t e) { return rule.is_valid(e) ? 1.0 : 0.0; });
 }
 
-// ---- choices among a few: branches, and the units behind a flattening ------------------------------
+// ---- choices among a few: branches, and the units behind a flattening
+// ------------------------------
 
 // Rows of prefix sums, stored one after the other.
 struct ChoiceTable {

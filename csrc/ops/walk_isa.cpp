@@ -133,12 +133,13 @@ bool fill_unit(const WalkMatrix& m, const WalkRule& rule, const W* values, int64
     for (int64_t i = 0; i < count; ++i) weights[i] = weights[i] * gain[i];
   }
   if (fill_cdf(count, scratch)) return true;
-  for (int64_t i = 0; i < count; ++i) weights[i] = uniform_weight(rule, first_target + i, m.entries);
+  for (int64_t i = 0; i < count; ++i)
+    weights[i] = uniform_weight(rule, first_target + i, m.entries);
   return fill_cdf(count, scratch);
 }
 
-// For each of a batch, the smallest index whose CDF exceeds its draw. `padded` is a power of two, up
-// to which the CDF is filled with the largest number.
+// For each of a batch, the smallest index whose CDF exceeds its draw. `padded` is a power of two,
+// up to which the CDF is filled with the largest number.
 PP_INLINE void search(const uint64_t* cdf, uint64_t padded, const uint64_t (&draw)[kBatch],
                       uint64_t (&found)[kBatch]) {
 #if PP_AVX512
@@ -167,7 +168,8 @@ PP_INLINE void search(const uint64_t* cdf, uint64_t padded, const uint64_t (&dra
 #endif
 }
 
-// Draws for the walkers order[0, count) from the CDF, and calls arrive(walker, index, walk) for each.
+// Draws for the walkers order[0, count) from the CDF, and calls arrive(walker, index, walk) for
+// each.
 template <typename Arrive>
 PP_INLINE void draw_all(const WalkScratch& scratch, int64_t candidates, const WalkRule& rule,
                         const Walkers& walkers, const uint32_t* order, int64_t count,

@@ -22,8 +22,8 @@ struct WalkKernels {
   // [candidates, entries] side by side.
   void (*unit)(const WalkMatrix&, const WalkRule&, const Walkers&, const WalkScratch&,
                const void* values, int64_t unit, const uint32_t* order, int64_t count);
-  // Moves the walkers at `unit` and one position, to a unit and a position in proportion to the flow
-  // beyond. The scratch holds every entry of every candidate.
+  // Moves the walkers at `unit` and one position, to a unit and a position in proportion to the
+  // flow beyond. The scratch holds every entry of every candidate.
   void (*field)(const WalkMatrix&, const WalkRule&, const WalkField&, const Walkers&,
                 const WalkScratch&, int64_t unit, int64_t position, const uint32_t* order,
                 int64_t count);

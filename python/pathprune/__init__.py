@@ -10,6 +10,7 @@ from ._mask_io import MaskFileError, MaskMismatchError
 from .masks import Masks
 from .network import PathNetwork, SupportReport, UnsupportedModelError
 from .ops import WeightMap
+from .path_sampling import Paths, sample_paths
 from .policy import Policy
 from .pruners import (
     PHEW,
@@ -40,6 +41,7 @@ __all__ = [
     "NonFiniteScoreError",
     "PathCounts",
     "PathNetwork",
+    "Paths",
     "Policy",
     "Pruner",
     "Random",
@@ -58,6 +60,7 @@ __all__ = [
     "keep_masks",
     "path_counts",
     "prune",
+    "sample_paths",
     "sample_with_replacement",
     "scores",
     "select_threshold",

@@ -117,6 +117,10 @@ class PathFlow:
             return torch.zeros_like(value) if drops_biases else value
         return None
 
+    def constant(self, k: int) -> Tensor | None:
+        """A node's fixed numbers, raised to the power; None for none."""
+        return self._fixed.get(k)
+
     def _powered(self, node: Node, expression: kinds.Expression) -> Tensor:
         """``|value|^power``; for an ensemble [E, 1, *value], its axes laid against the node's."""
         with torch.no_grad():

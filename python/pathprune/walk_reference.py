@@ -115,7 +115,9 @@ def walk_step(
     groups, rows, columns, entries = weight.shape
     sources, targets = (columns, rows) if to_rows else (rows, columns)
     if units.numel() and not bool(((units >= 0) & (units < groups * sources)).all()):
-        refuse("walk_step", "units", f"0 to {groups * sources - 1}", int(units.min() if units.min() < 0 else units.max()))
+        refuse(
+            "walk_step", "units", f"0 to {groups * sources - 1}", int(units.min() if units.min() < 0 else units.max())
+        )
     by_unit = weight.transpose(1, 2) if to_rows else weight  # [G, sources, targets, E]
     by_unit = by_unit.reshape(groups * sources, targets, entries)
     open_entries = torch.ones(entries, dtype=torch.bool) if valid is None else valid
@@ -139,7 +141,9 @@ def walk_step(
         at = chosen.clamp(min=0)
         entry = torch.zeros_like(at)
         if entries > 1:
-            own = entered[torch.arange(len(at), device=at.device), at] if targets else entered.new_zeros(len(at), entries)
+            own = (
+                entered[torch.arange(len(at), device=at.device), at] if targets else entered.new_zeros(len(at), entries)
+            )
             entry = _chosen(fixed_rows(_with_uniform(own, open_entries.expand_as(own))), words[1][part])
         source = unit % max(sources, 1)
         row, column = (at, source) if to_rows else (source, at)
@@ -191,9 +195,7 @@ def walk_field_step(
     return results[0], results[1], results[2]
 
 
-def walk_choose(
-    cdf: Tensor, row_start: Tensor, rows: Tensor, walks: Tensor, seed: int, step: int, word: int
-) -> Tensor:
+def walk_choose(cdf: Tensor, row_start: Tensor, rows: Tensor, walks: Tensor, seed: int, step: int, word: int) -> Tensor:
     """See ``walk_ops.walk_choose``."""
     if rows.numel() and not bool(((rows >= 0) & (rows < row_start.numel() - 1)).all()):
         refuse("walk_choose", "rows", f"0 to {row_start.numel() - 2}", int(rows.max()))

@@ -90,7 +90,9 @@ class Chances:
         return blocked
 
     def _is_skip(self, edge: Edge, blocked: set[int]) -> bool:
-        return (edge.target, edge.slot) in self._skips or (edge.target in blocked and edge.target not in self.graph.sites)
+        return (edge.target, edge.slot) in self._skips or (
+            edge.target in blocked and edge.target not in self.graph.sites
+        )
 
     def ways_ahead(self, k: int) -> list[Edge | None]:
         """The edges a forward walk may take from a node; None: it may end there."""
@@ -265,8 +267,8 @@ class Chances:
                 found[k] = entered * self.step_probabilities(site, ahead)
                 at = found[k].sum(3).sum(2 if to_rows else 1).flatten()
             if not ahead and k in graph.sites:
-                (edge,) = graph.back[k]
-                self._pass(edge, at, arrived, False)
+                (entry,) = graph.back[k]
+                self._pass(entry, at, arrived, False)
                 continue
             ways, weights = self.branch(k, ahead)
             shares = (weights / weights.sum(1, keepdim=True)).nan_to_num(0.0)

@@ -23,14 +23,11 @@ from torch import Tensor
 from . import walk_ops
 from .network import PathNetwork
 from .walk_graph import Edge, Links, walk_graph
+from .walk_masks import WalkMasks
 from .walk_reference import powered
 from .walk_tables import Chances, Table
 
 _SAMPLE = 4096  # weights of a tensor that the number of walks is estimated from
-_OVERSHOOT = 1.03  # walks of a batch over the estimate, so that one batch is usually enough
-_LEAST_BATCH = 64
-_BATCH_BYTES = 256 << 20  # of a batch's steps, at most
-_PATIENCE = 64  # times the expected number of walks
 
 
 @dataclass(frozen=True)
@@ -56,21 +53,6 @@ class WalkRule:
                 raise ValueError(f"PHEW: {name}: wanted one of {values}, got {getattr(self, name)!r}")
 
 
-@dataclass(frozen=True)
-class Marked:
-    """The weights that walks have taken.
-
-    Attributes:
-        bits: [words] int64, one bit a weight, see :meth:`Walks.packed`.
-        kept: how many weights.
-        walks: how many walks it took.
-    """
-
-    bits: Tensor
-    kept: int
-    walks: int
-
-
 @dataclass
 class _Crossing:
     """What a walker does at a node, in one direction."""
@@ -80,7 +62,7 @@ class _Crossing:
     links: dict[int, Table | None] = field(default_factory=dict)  # by place in ways; None: units keep their number
 
 
-class Walks:
+class Walks(WalkMasks):
     """Walks over a network.
 
     Args:
@@ -102,10 +84,10 @@ class Walks:
         keep_kernels: bool = False,
         masks: Mapping[str, Tensor] | None = None,
     ) -> None:
-        self.network, self.names, self.rule, self.seed = network, tuple(names), rule, seed
+        super().__init__(network, names, seed)
+        self.rule = rule
         self.keep_kernels = keep_kernels
         self.graph = walk_graph(network)
-        self.device = network.device
         used = {site.weight for site in self.graph.sites.values()}
         tensors = {name: network.tensors[name].detach() for name in used}
         if masks is not None:
@@ -113,12 +95,6 @@ class Walks:
         self._weights = {name: tensor.contiguous() for name, tensor in tensors.items()}
         on_host = {name: tensor.cpu() for name, tensor in tensors.items()}
         self.chances = Chances(self.graph, on_host, rule.power, rule.branches, rule.identities)
-        self.offsets: dict[str, int] = {}
-        self.words = 0
-        for name in self.names:
-            self.offsets[name] = 64 * self.words
-            self.words += -(-network.tensors[name].numel() // 64)
-        self.total = sum(network.tensors[name].numel() for name in self.names)
         self._gains = {
             (k, ahead): _moved(self.chances.gain(site, ahead), self.device)
             for k, site in self.graph.sites.items()
@@ -198,7 +174,9 @@ class Walks:
             if k not in arrived:
                 continue
             parts = arrived.pop(k)
-            who, units = parts[0] if len(parts) == 1 else (torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]))
+            who, units = (
+                parts[0] if len(parts) == 1 else (torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]))
+            )
             if k in self.graph.sites:
                 units = self._cross(k, walks[who], units, ahead, rows[who], taken)
             self._leave(k, walks, who, units, ahead, arrived)
@@ -294,15 +272,19 @@ class Walks:
             for k in self.graph.order if ahead else reversed(self.graph.order):
                 if k in rate:
                     rate[k] += share[k] / 2
-                ways, weights = ([*self.graph.back[k]], None) if not ahead and k in rate else self.chances.branch(k, ahead)
+                ways, weights = (
+                    ([*self.graph.back[k]], None) if not ahead and k in rate else self.chances.branch(k, ahead)
+                )
                 for place, edge in enumerate(ways):
-                    part = 1.0 if weights is None else float((weights[:, place] / weights.sum(1)).nan_to_num(0.0).mean())
+                    part = (
+                        1.0 if weights is None else float((weights[:, place] / weights.sum(1)).nan_to_num(0.0).mean())
+                    )
                     if edge is not None:
                         share[edge.target if ahead else edge.source] += share[k] * part
         return rate
 
     def expected(self) -> Callable[[float], float]:
-        """Roughly how many weights ``n`` walks take: units visited evenly, weights drawn from a sample of each tensor."""
+        """Roughly how many weights ``n`` walks take: units visited evenly, a sample of each tensor."""
         parts: list[tuple[float, float, Tensor]] = []  # visits a walk, size, relative weights
         for k, rate in self._visits_per_walk().items():
             site = self.graph.sites[k]
@@ -337,128 +319,6 @@ class Walks:
         cannot += [f"{n} (all)" for n in self.names if n not in found]
         return float(sum(int(found[n].sum()) for n in self.names if n in found)), cannot
 
-    # ------------------------------------------------------------------------------------------------- masks
-
-    def until(
-        self,
-        targets: Sequence[int],
-        *,
-        max_walks: int | None = None,
-        trim: bool = False,
-        tick: Callable[[int, int], None] = lambda walks, kept: None,
-    ) -> list[Marked]:
-        """Walks until each of the ascending targets is reached; nested by construction.
-
-        Args:
-            targets: numbers of weights to take.
-            max_walks: None: 64 times the expected number.
-            trim: take exactly the target: the last walk loses what is over it.
-
-        Raises:
-            ValueError: a target that no number of walks reaches, or that ``max_walks`` did not.
-        """
-        bits = torch.zeros(self.words, dtype=torch.int64, device=self.device)
-        expected = self.expected()
-        walks = marked = 0
-        ahead_of_time = torch.empty((0, self.width), dtype=torch.int64, device=self.device)  # walked, not marked
-        results = []
-        for target in targets:
-            allowed = max_walks
-            rate = 0.0
-            if target > 0.9 * expected(math.inf):  # few weights, or none, can be left out: look closer
-                self._check_reachable(target, marked, walks)
-            while marked < target:
-                if not len(ahead_of_time):
-                    if allowed is None and walks > 2 * _needed(expected, target):
-                        self._check_reachable(target, marked, walks)
-                        allowed = math.ceil(_PATIENCE * _needed(expected, target))
-                    if allowed is not None and walks >= allowed:
-                        raise ValueError(self._out_of_patience(target, marked, walks))
-                    size = self._batch(expected, target, marked, walks, rate)
-                    size = size if allowed is None else min(size, allowed - walks)
-                    ahead_of_time = self.steps(walks, size)
-                used, new = walk_ops.walk_mark_(bits, ahead_of_time, target - marked).tolist()
-                rate = new / used
-                ahead_of_time = ahead_of_time[used:]
-                walks, marked = walks + used, marked + new
-                tick(walks, marked)
-            results.append(Marked(bits.clone(), marked, walks))
-            if trim and marked > target:
-                results[-1] = self._trimmed(results[-1], target)
-        return results
-
-    def _batch(self, expected: Callable[[float], float], target: int, marked: int, walks: int, rate: float) -> int:
-        """How many walks to make next."""
-        largest = max(_BATCH_BYTES // (8 * self.width), _LEAST_BATCH)
-        if rate > 0:
-            missing = min(1.1 * (target - marked) / rate, walks)
-        else:
-            missing = max(_OVERSHOOT * _needed(expected, target) - walks, walks / 4)
-        return max(min(math.ceil(missing) + _LEAST_BATCH, largest), 2)
-
-    def _trimmed(self, found: Marked, target: int) -> Marked:
-        """Without what the last walk took over the target, its last steps first."""
-        last = self.steps(found.walks - 1, 1)[0]
-        bits = torch.zeros_like(found.bits)
-        if found.walks > 1:  # all walks but the last, again
-            done = 0
-            size = max(_BATCH_BYTES // (8 * self.width), 1)
-            while done < found.walks - 1:
-                count = min(size, found.walks - 1 - done)
-                walk_ops.walk_mark_(bits, self.steps(done, count), self.total + 1)
-                done += count
-        kept = int(_count_bits(bits))
-        walk_ops.walk_mark_(bits, last[:, None].contiguous(), target - kept)
-        return Marked(bits, target, found.walks)
-
-    def _check_reachable(self, target: int, marked: int, walks: int) -> None:
-        most, cannot = self.limit()
-        if most < target:
-            raise ValueError(
-                f"PHEW: density: wanted {target / self.total:.6g}, but walks can take {int(most):,} of {self.total:,} "
-                f"weights (density {most / self.total:.6g}); after {walks:,} walks {marked:,} are taken. "
-                f"Not to be reached: {', '.join(cannot[:8])}{' ...' if len(cannot) > 8 else ''}"
-            )
-
-    def _out_of_patience(self, target: int, marked: int, walks: int) -> str:
-        return (
-            f"PHEW: max_walks: {walks:,} walks reached density {marked / self.total:.6g} "
-            f"({marked:,} weights), short of {target / self.total:.6g}; a density nearer to 1 needs more"
-        )
-
-    def packed(self, marked: Marked, name: str) -> Tensor:
-        """The mask of a weight as flat little-endian bits, uint8 on the CPU: how ``Masks`` stores it."""
-        begin = self.offsets[name] // 64
-        count = self.network.tensors[name].numel()
-        return marked.bits[begin : begin + -(-count // 64)].cpu().view(torch.uint8)[: -(-count // 8)].clone()
-
-    def bits(self, marked: Marked, name: str) -> Tensor:
-        """The mask of a weight, bool of its shape."""
-        shape = self.network.tensors[name].shape
-        flat = self.packed(marked, name)
-        bools = (flat[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
-        return bools.flatten()[: shape.numel()].bool().reshape(shape)
-
-
-def _needed(expected: Callable[[float], float], target: float) -> float:
-    """How many walks are expected to take so many weights."""
-    high = 1.0
-    target = min(target, 0.999 * expected(math.inf))
-    while expected(high) < target:
-        high *= 2
-    low = high / 2
-    for _ in range(30):
-        middle = (low + high) / 2
-        low, high = (middle, high) if expected(middle) < target else (low, middle)
-    return high
-
 
 def _moved(tensor: Tensor | None, device: torch.device) -> Tensor | None:
     return None if tensor is None else tensor.to(device)
-
-
-def _count_bits(words: Tensor) -> Tensor:
-    """How many bits are set in int64 words."""
-    return ((words.view(torch.uint8)[:, None] >> torch.arange(8, dtype=torch.uint8, device=words.device)) & 1).sum()
-
-

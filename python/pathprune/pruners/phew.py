@@ -11,7 +11,9 @@ import torch
 
 from ..network import PathNetwork
 from ..path_kernel import log2_trace
-from ..walks import Marked, WalkRule, Walks
+from ..path_sampling import FlowWalks
+from ..walk_masks import Marked, WalkMasks
+from ..walks import WalkRule, Walks
 from .base import Pruner, Round, Selection, check_finite
 
 
@@ -23,6 +25,9 @@ class PHEW(Pruner):
     over the target, reported as ``overshoot``. A list of densities gives nested masks from one run of walks.
 
     Args:
+        bias: None: steps see the next weight alone. ``flow``: whole paths are drawn with probability ``|v|^power / R``,
+            position by position and identity skips included (:mod:`path_sampling`); ``branches``, ``identities``,
+            ``start`` and ``keep_kernels`` have no meaning then, and power is 1 or 2.
         power: a step is drawn in proportion to ``|w|^power``: 1, 2, 0 (uniform) or -1 (inverse).
         branches: where flows part or meet: ``uniform``, ``mass`` (``|w|^power`` of the branch's next synapse) or
             ``flow`` (the sum over all channel paths of the branch).
@@ -36,6 +41,7 @@ class PHEW(Pruner):
     """
 
     power: int = 1
+    bias: str | None = None
     branches: str = "uniform"
     identities: bool = False
     start: str = "round_robin"
@@ -46,6 +52,16 @@ class PHEW(Pruner):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.rule()
+        if self.bias not in (None, "flow"):
+            raise ValueError(f"PHEW: bias: wanted None or 'flow', got {self.bias!r}")
+        plain = (self.branches, self.identities, self.start, self.keep_kernels) == (
+            "uniform",
+            False,
+            "round_robin",
+            False,
+        )
+        if self.bias == "flow" and not (plain and self.power in (1, 2)):
+            raise ValueError(f"PHEW: bias: 'flow' wanted power 1 or 2 and no other option of walks, got {self}")
         if self.max_walks is not None and self.max_walks < 1:
             raise ValueError(f"PHEW: max_walks: wanted at least 1, got {self.max_walks}")
 
@@ -81,7 +97,11 @@ class PHEW(Pruner):
         began = time.perf_counter()
         names = [weight.name for weight in selection.weights]
         targets = {which: round(selection.total * density) for density, which in plan if which is not None}
-        walks = Walks(network, names, self.rule(), seed, keep_kernels=self.keep_kernels)
+        walks: WalkMasks
+        if self.bias == "flow":
+            walks = FlowWalks(network, names, self.power, seed)
+        else:
+            walks = Walks(network, names, self.rule(), seed, keep_kernels=self.keep_kernels)
         partial = sorted(target for target in targets.values() if target < selection.total)
         found = dict(zip(partial, walks.until(partial, max_walks=self.max_walks, trim=self.trim), strict=True))
         for _, which in plan:
@@ -94,13 +114,13 @@ class PHEW(Pruner):
                 masks[weight.name] = walks.bits(found[target], weight.name) if target in found else whole
                 weight.set_mask(masks[weight.name].to(network.device))
             on_snapshot(which)
-            details = self._details(network, walks, masks, found.get(target), target)
+            details = self._details(network, masks, found.get(target), target)
             kept = found[target].kept if target in found else target
             yield Round(kept, None, None, time.perf_counter() - began, details)
             began = time.perf_counter()
 
     def _details(
-        self, network: PathNetwork, walks: Walks, masks: Mapping[str, torch.Tensor], found: Marked | None, target: int
+        self, network: PathNetwork, masks: Mapping[str, torch.Tensor], found: Marked | None, target: int
     ) -> dict[str, Any]:
         return {
             "walks": 0 if found is None else found.walks,
