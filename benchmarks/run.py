@@ -1,6 +1,6 @@
 """Runs the benchmarks: verify, time side by side in one process, print Markdown, write JSON beside this file.
 
-python benchmarks/run.py [--suite scoring,selection] [--threads 2] [--quick] [--out benchmarks/results]
+python benchmarks/run.py [--suite scoring,selection,walks] [--threads 2] [--quick] [--out benchmarks/results]
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 
 import scoring
 import selection
+import walks
 from harness import Result, copy_bandwidth, markdown, save
 
 Work = Callable[[float], Result]
@@ -40,12 +41,25 @@ def selection_suite(quick: bool) -> list[tuple[str, Work]]:
     return [(f"select {n} {z}", lambda b, n=n, z=z: selection.kth_of(n, 5, b, z, slow=n < 32)) for n, z in sizes]
 
 
-SUITES = {"scoring": scoring_suite, "selection": selection_suite}
+def walks_suite(quick: bool) -> list[tuple[str, Work]]:
+    sizes = [(1024, 1 << 20)] if quick else [(1024, 1 << 17), (1024, 1 << 20), (4096, 1 << 17), (4096, 1_800_000)]
+    cases: list[tuple[str, Work]] = [
+        (f"steps {n} {w}", lambda b, n=n, w=w: walks.steps_per_second(n, w, 5, b)) for n, w in sizes
+    ]
+    for density in (0.018, 0.1):
+        cases.append((f"mask vgg16 {density}", lambda b, d=density: walks.whole_mask("vgg16", walks.vgg16(), d, 5, b)))
+    for size in (1024,) if quick else (1024, 4096):
+        name = f"4 layers of {size} x {size}"
+        cases.append((f"mask {size}", lambda b, n=size, t=name: walks.whole_mask(t, walks.square(n), 0.1, 3, b)))
+    return cases
+
+
+SUITES = {"scoring": scoring_suite, "selection": selection_suite, "walks": walks_suite}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suite", default="scoring,selection", help=f"comma-separated, of {sorted(SUITES)}")
+    parser.add_argument("--suite", default="scoring,selection,walks", help=f"comma-separated, of {sorted(SUITES)}")
     parser.add_argument("--only", default="", help="run only cases whose name contains this")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--quick", action="store_true", help="small cases only")

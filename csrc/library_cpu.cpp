@@ -21,6 +21,7 @@ STABLE_TORCH_LIBRARY_IMPL(pathprune, CPU, m) {
   m.impl("kth_largest", TORCH_BOX(&pathprune::kth_largest));
   m.impl("gumbel_keys", TORCH_BOX(&pathprune::gumbel_keys));
   m.impl("walk_step", TORCH_BOX(&pathprune::walk_step));
+  m.impl("walk_mass", TORCH_BOX(&pathprune::walk_mass));
   m.impl("walk_field_step", TORCH_BOX(&pathprune::walk_field_step));
   m.impl("walk_choose", TORCH_BOX(&pathprune::walk_choose));
   m.impl("walk_mark_", TORCH_BOX(&pathprune::walk_mark_));

@@ -41,10 +41,14 @@ def sample(shape: tuple[int, ...], dtype: torch.dtype, kind: str, to_rows: bool,
 def both(made: dict, power: int, to_rows: bool, seed: int = 5, step: int = 3) -> None:
     got = walk_ops.walk_step(**made, power=power, to_rows=to_rows, seed=seed, step=step)
     wanted = walk_reference.walk_step(
-        made["weight"], made["units"], made["walks"], made["gain"], made["valid"], power, to_rows, seed, step
+        made["weight"], made["units"], made["walks"], None, made["gain"], made["valid"], power, to_rows, seed, step
     )
-    for a, b in zip(got, wanted, strict=True):
-        assert torch.equal(a.cpu(), b.cpu())
+    mass = walk_ops.walk_mass(made["weight"], made["valid"], power)
+    assert torch.equal(mass, walk_reference.walk_mass(made["weight"], made["valid"], power))
+    given = walk_ops.walk_step(**made, mass=mass, power=power, to_rows=to_rows, seed=seed, step=step)
+    for result in (got, given):
+        for a, b in zip(result, wanted, strict=True):
+            assert torch.equal(a.cpu(), b.cpu())
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -60,7 +64,7 @@ def test_a_step_is_that_of_the_definition(dtype, shape, kind, device):
 def test_the_definition_is_the_smallest_index_whose_cdf_exceeds_the_word():
     weight = torch.randn(1, 9, 6, 1, dtype=torch.float64)
     units, walks = torch.arange(6).repeat(50), torch.arange(300)
-    _, edges = walk_reference.walk_step(weight, units, walks, None, None, 2, True, 11, 4)
+    _, edges = walk_reference.walk_step(weight, units, walks, None, None, None, 2, True, 11, 4)
     words = core.philox(11, walks.numpy().astype(np.uint64), 4)[:, 0].astype(np.uint64) << np.uint64(32)
     for unit, word, edge in zip(units.tolist(), words, edges.tolist(), strict=True):
         cdf, _, _ = core.fixed_cdf((weight[0, :, unit, 0] ** 2).numpy())
@@ -152,7 +156,7 @@ def test_marks_stop_with_the_walk_that_reaches_the_target(twin, device):
     made = torch.Generator().manual_seed(0)
     mark = walk_ops.walk_mark_ if twin == "binary" else walk_reference.walk_mark_
     for _ in range(20):
-        edges = torch.randint(-1, 640, (50, 4), generator=made).to(device)
+        edges = torch.randint(-1, 640, (4, 50), generator=made).t().to(device)
         bits, seen = torch.zeros(10, dtype=torch.int64, device=device), set()
         for target in (0, 1, 30, 500, 5):
             assert tuple(mark(bits, edges, target).tolist()) == literal_marks(seen, edges, target)
@@ -207,7 +211,7 @@ def test_bad_choices_and_marks_are_refused():
 def test_opcheck():
     made = sample((2, 5, 7, 9), torch.float32, "gains", True, n=6)
     tests = ("test_schema", "test_faketensor")
-    call = (made["weight"], made["units"], made["walks"], made["gain"], made["valid"], 1, True, 0, 1)
+    call = (made["weight"], made["units"], made["walks"], None, made["gain"], made["valid"], 1, True, 0, 1)
     torch.library.opcheck(torch.ops.pathprune.walk_step.default, call, test_utils=tests)
     zeros = torch.zeros(2, dtype=torch.int64)
     call = (torch.tensor([1, 2]), torch.tensor([0, 2]), zeros, zeros, 0, 0, 2)

@@ -65,8 +65,10 @@ Tensor gumbel_keys(const Tensor& scores, int64_t exponent, double temperature_in
                    int64_t offset);
 
 std::tuple<Tensor, Tensor> walk_step(const Tensor& weight, const Tensor& units, const Tensor& walks,
-                                     const OptionalTensor& gain, const OptionalTensor& valid,
-                                     int64_t power, bool to_rows, int64_t seed, int64_t step);
+                                     const OptionalTensor& mass, const OptionalTensor& gain,
+                                     const OptionalTensor& valid, int64_t power, bool to_rows,
+                                     int64_t seed, int64_t step);
+Tensor walk_mass(const Tensor& weight, const OptionalTensor& valid, int64_t power);
 std::tuple<Tensor, Tensor, Tensor> walk_field_step(const Tensor& weight, const Tensor& units,
                                                    const Tensor& positions, const Tensor& walks,
                                                    const Tensor& flow, const Tensor& leads_to,

@@ -21,10 +21,16 @@ OptionalTensor check_optional(const char* op, const char* argument, const Option
 }  // namespace
 
 WalkStepArguments::WalkStepArguments(const Tensor& weight, const Tensor& units, const Tensor& walks,
-                                     const OptionalTensor& gain, const OptionalTensor& valid,
-                                     int64_t power, bool to_rows, int64_t seed, int64_t step,
-                                     const char* op)
-    : op_(op), weight_(weight), units_(units), walks_(walks), gain_(gain), valid_(valid) {
+                                     const OptionalTensor& mass, const OptionalTensor& gain,
+                                     const OptionalTensor& valid, int64_t power, bool to_rows,
+                                     int64_t seed, int64_t step, const char* op)
+    : op_(op),
+      weight_(weight),
+      units_(units),
+      walks_(walks),
+      mass_(mass),
+      gain_(gain),
+      valid_(valid) {
   const Storage storage = check_storage(op, "weight", weight);
   if (weight.dim() != 4) refuse(op, "weight", "4 dimensions [G, R, C, E]", describe(weight));
   weight_ = torch::stable::contiguous(weight);
@@ -41,8 +47,13 @@ WalkStepArguments::WalkStepArguments(const Tensor& weight, const Tensor& units, 
   gain_ = check_optional(op, "gain", gain, ScalarType::Double,
                          matrix_.groups * matrix_.candidates(), weight);
   valid_ = check_optional(op, "valid", valid, ScalarType::Bool, matrix_.entries, weight);
-  rule_ = {static_cast<int>(power), data_or_null<double>(gain_), data_or_null<uint8_t>(valid_),
-           static_cast<uint64_t>(seed), step};
+  if (mass) {
+    check_tensor(op, "mass", *mass, ScalarType::Double,
+                 {matrix_.groups, matrix_.rows, matrix_.columns}, weight);
+    mass_ = torch::stable::contiguous(*mass);
+  }
+  rule_ = {static_cast<int>(power),       data_or_null<double>(mass_), data_or_null<double>(gain_),
+           data_or_null<uint8_t>(valid_), static_cast<uint64_t>(seed), step};
 }
 
 void WalkStepArguments::check_units(const int64_t* units, int64_t count) const {
@@ -136,17 +147,18 @@ WalkMarkArguments::WalkMarkArguments(const Tensor& bits, const Tensor& edges, in
   if (!bits.is_contiguous()) refuse(op, "bits", "a contiguous tensor to write to", "strides");
   if (edges.dim() != 2) refuse(op, "edges", "2 dimensions [walks, steps]", describe(edges));
   check_tensor(op, "edges", edges, ScalarType::Long, {edges.size(0), edges.size(1)}, bits);
-  edges_ = torch::stable::contiguous(edges);
   check_at_least(op, "target", target, 0);
   places_ = bits.size(0) * 64;
 }
 
 void WalkMarkArguments::check_edges() const {
-  const int64_t count = edges_.numel();
-  for (int64_t i = 0; i < count; ++i) {
-    if (edges()[i] >= places_) {
-      refuse("walk_mark_", "edges", "places below " + std::to_string(places_),
-             std::to_string(edges()[i]));
+  for (int64_t walk = 0; walk < edges_.size(0); ++walk) {
+    const int64_t* mine = edges() + walk * edges_.stride(0);
+    for (int64_t s = 0; s < edges_.size(1); ++s) {
+      if (mine[s * edges_.stride(1)] >= places_) {
+        refuse("walk_mark_", "edges", "places below " + std::to_string(places_),
+               std::to_string(mine[s * edges_.stride(1)]));
+      }
     }
   }
 }

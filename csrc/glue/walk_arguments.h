@@ -12,8 +12,9 @@ namespace pathprune {
 class WalkStepArguments {
  public:
   WalkStepArguments(const Tensor& weight, const Tensor& units, const Tensor& walks,
-                    const OptionalTensor& gain, const OptionalTensor& valid, int64_t power,
-                    bool to_rows, int64_t seed, int64_t step, const char* op = "walk_step");
+                    const OptionalTensor& mass, const OptionalTensor& gain,
+                    const OptionalTensor& valid, int64_t power, bool to_rows, int64_t seed,
+                    int64_t step, const char* op = "walk_step");
 
   const char* op() const { return op_; }
   const WalkMatrix& matrix() const { return matrix_; }
@@ -26,7 +27,7 @@ class WalkStepArguments {
  private:
   const char* op_;
   Tensor weight_, units_, walks_;
-  OptionalTensor gain_, valid_;
+  OptionalTensor mass_, gain_, valid_;
   WalkMatrix matrix_;
   WalkRule rule_;
 };
@@ -65,6 +66,7 @@ class WalkMarkArguments {
  public:
   WalkMarkArguments(const Tensor& bits, const Tensor& edges, int64_t target);
 
+  // With the strides of the tensor that was given.
   const int64_t* edges() const { return static_cast<const int64_t*>(edges_.const_data_ptr()); }
   void check_edges() const;
 

@@ -41,19 +41,21 @@ constexpr int64_t kTileBytes = 128;
 
 class Scratch {
  public:
-  Scratch(const WalkMatrix& m, int64_t tile_columns, int64_t choices)
+  // Tiles of columns, each row of which has so many values of so many bytes.
+  Scratch(const WalkMatrix& m, int64_t choices, int64_t tile_columns = 0, int64_t values = 1,
+          int64_t value_bytes = 1)
       : weights_(choices),
         cdf_(std::bit_ceil(static_cast<uint64_t>(choices))),
         // An odd number of cache lines: columns that began a power of two apart would evict each
         // other.
-        pitch_(m.rows * m.entries + 80 - m.rows * m.entries % 64),
-        tile_(tile_columns * pitch_ * bytes_of(m.storage)),
+        pitch_(m.rows * values + 80 - m.rows * values % 64),
+        tile_(tile_columns * pitch_ * value_bytes),
         view_{weights_.data(), cdf_.data(), tile_.data(), pitch_} {}
   Scratch(const Scratch&) = delete;
 
   const WalkScratch& view() const { return view_; }
-  const char* column(const WalkMatrix& m, int64_t index) const {
-    return tile_.data() + index * pitch_ * bytes_of(m.storage);
+  const char* column(int64_t index, int64_t value_bytes) const {
+    return tile_.data() + index * pitch_ * value_bytes;
   }
 
  private:
@@ -67,9 +69,11 @@ class Scratch {
 }  // namespace
 
 std::tuple<Tensor, Tensor> walk_step(const Tensor& weight, const Tensor& units, const Tensor& walks,
-                                     const OptionalTensor& gain, const OptionalTensor& valid,
-                                     int64_t power, bool to_rows, int64_t seed, int64_t step) {
-  const WalkStepArguments arguments(weight, units, walks, gain, valid, power, to_rows, seed, step);
+                                     const OptionalTensor& mass, const OptionalTensor& gain,
+                                     const OptionalTensor& valid, int64_t power, bool to_rows,
+                                     int64_t seed, int64_t step) {
+  const WalkStepArguments arguments(weight, units, walks, mass, gain, valid, power, to_rows, seed,
+                                    step);
   const WalkMatrix& m = arguments.matrix();
   const WalkRule& rule = arguments.rule();
   const Tensor next = new_tensor(units, {units.numel()}, ScalarType::Long);
@@ -86,21 +90,24 @@ std::tuple<Tensor, Tensor> walk_step(const Tensor& weight, const Tensor& units, 
     kernels.unit(m, rule, walkers, scratch.view(), values, unit, grouped.order.data() + begin,
                  grouped.start[unit + 1] - begin);
   };
-  const auto value_bytes = static_cast<int64_t>(bytes_of(m.storage));
+  // What a candidate is read from: its mass, or its kernel.
+  const auto value_bytes = static_cast<int64_t>(rule.mass ? sizeof(double) : bytes_of(m.storage));
+  const int64_t values = rule.mass ? 1 : m.entries;
+  const char* from = static_cast<const char*>(rule.mass ? rule.mass : m.values);
   if (!to_rows) {
-    const int64_t row_bytes = m.columns * m.entries * value_bytes;
+    const int64_t row_bytes = m.columns * values * value_bytes;
     torch::stable::parallel_for(0, m.units(), 16, [&](int64_t begin, int64_t end) {
-      const Scratch scratch(m, 0, m.candidates());
+      const Scratch scratch(m, m.candidates());
       for (int64_t u = begin; u < end; ++u) {
-        if (is_busy(u)) move(scratch, static_cast<const char*>(m.values) + u * row_bytes, u);
+        if (is_busy(u)) move(scratch, from + u * row_bytes, u);
       }
     });
     return {next, edge};
   }
-  const int64_t tile = std::max<int64_t>(kTileBytes / (m.entries * value_bytes), 1);
+  const int64_t tile = std::max<int64_t>(kTileBytes / (values * value_bytes), 1);
   const int64_t tiles = (m.columns + tile - 1) / tile;
   torch::stable::parallel_for(0, m.groups * tiles, 1, [&](int64_t begin, int64_t end) {
-    const Scratch scratch(m, tile, m.candidates());
+    const Scratch scratch(m, m.candidates(), tile, values, value_bytes);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t group = i / tiles, column = i % tiles * tile;
       const int64_t count = std::min(tile, m.columns - column);
@@ -108,13 +115,26 @@ std::tuple<Tensor, Tensor> walk_step(const Tensor& weight, const Tensor& units, 
       int64_t busy = 0;
       for (int64_t c = 0; c < count; ++c) busy += is_busy(first + c);
       if (!busy) continue;
-      kernels.transpose(m, scratch.view(), group, column, count);
+      kernels.transpose(m, rule, scratch.view(), group, column, count);
       for (int64_t c = 0; c < count; ++c) {
-        if (is_busy(first + c)) move(scratch, scratch.column(m, c), first + c);
+        if (is_busy(first + c)) move(scratch, scratch.column(c, value_bytes), first + c);
       }
     }
   });
   return {next, edge};
+}
+
+Tensor walk_mass(const Tensor& weight, const OptionalTensor& valid, int64_t power) {
+  const Tensor none = torch::stable::empty({0}, ScalarType::Long);
+  const WalkStepArguments arguments(weight, none, none, std::nullopt, std::nullopt, valid, power,
+                                    true, 0, 0, "walk_mass");
+  const WalkMatrix& m = arguments.matrix();
+  const Tensor mass = new_tensor(weight, {m.groups, m.rows, m.columns}, ScalarType::Double);
+  const WalkKernels kernels = PP_BY_ISA(walk_kernels)();
+  torch::stable::parallel_for(0, mass.numel(), 1 << 12, [&](int64_t begin, int64_t end) {
+    kernels.mass(m, arguments.rule(), begin, end, data_of<double>(mass));
+  });
+  return mass;
 }
 
 std::tuple<Tensor, Tensor, Tensor> walk_field_step(const Tensor& weight, const Tensor& units,
@@ -122,8 +142,8 @@ std::tuple<Tensor, Tensor, Tensor> walk_field_step(const Tensor& weight, const T
                                                    const Tensor& flow, const Tensor& leads_to,
                                                    int64_t power, bool to_rows, int64_t seed,
                                                    int64_t step) {
-  const WalkStepArguments arguments(weight, units, walks, std::nullopt, std::nullopt, power,
-                                    to_rows, seed, step, "walk_field_step");
+  const WalkStepArguments arguments(weight, units, walks, std::nullopt, std::nullopt, std::nullopt,
+                                    power, to_rows, seed, step, "walk_field_step");
   const WalkMatrix& m = arguments.matrix();
   const WalkFieldArguments field_arguments(arguments, positions, flow, leads_to);
   const Tensor next = new_tensor(units, {units.numel()}, ScalarType::Long);
@@ -139,7 +159,7 @@ std::tuple<Tensor, Tensor, Tensor> walk_field_step(const Tensor& weight, const T
       walkers.count, states, [&](int64_t i) { return walkers.units[i] * places + field.at[i]; });
   const WalkKernels kernels = PP_BY_ISA(walk_kernels)();
   torch::stable::parallel_for(0, states, 1, [&](int64_t begin, int64_t end) {
-    const Scratch scratch(m, 0, m.candidates() * m.entries);
+    const Scratch scratch(m, m.candidates() * m.entries);
     for (int64_t state = begin; state < end; ++state) {
       const int64_t first = grouped.start[state], count = grouped.start[state + 1] - first;
       if (!count) continue;
@@ -170,15 +190,24 @@ Tensor walk_mark_(const Tensor& bits, const Tensor& edges, int64_t target) {
   const auto words = static_cast<uint64_t*>(bits.mutable_data_ptr());
   const int64_t* edge = arguments.edges();
   const int64_t walks = edges.size(0), steps = edges.size(1);
+  const int64_t walk_stride = edges.stride(0), step_stride = edges.stride(1);
   arguments.check_edges();
-  constexpr int64_t kAhead = 64;  // places to fetch before they are needed
+  constexpr int64_t kAhead = 16;  // walks whose places are fetched before they are needed
   int64_t marked = 0, walk = 0;
   for (; walk < walks && marked < target; ++walk) {
-    for (int64_t i = walk * steps; i < (walk + 1) * steps; ++i) {
-      if (i + kAhead < walks * steps) __builtin_prefetch(words + edge[i + kAhead] / 64, 1);
-      if (edge[i] < 0) continue;
-      uint64_t& word = words[edge[i] / 64];
-      const uint64_t bit = uint64_t{1} << (edge[i] % 64);
+    const int64_t* mine = edge + walk * walk_stride;
+    if (walk + kAhead < walks) {
+      const int64_t* next = mine + kAhead * walk_stride;
+      for (int64_t s = 0; s < steps; ++s) {
+        const int64_t place = next[s * step_stride];
+        if (place >= 0) __builtin_prefetch(words + place / 64, 1);
+      }
+    }
+    for (int64_t s = 0; s < steps; ++s) {
+      const int64_t place = mine[s * step_stride];
+      if (place < 0) continue;
+      uint64_t& word = words[place / 64];
+      const uint64_t bit = uint64_t{1} << (place % 64);
       marked += !(word & bit);
       word |= bit;
     }

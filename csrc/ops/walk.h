@@ -57,7 +57,8 @@ struct WalkMatrix {
 
 struct WalkRule {
   int power;
-  const double* gain;    // [groups * candidates] >= 0; null: 1
+  const double* mass;  // [groups, rows, columns]: candidate_weight of every kernel; null: made here
+  const double* gain;  // [groups * candidates] >= 0; null: 1
   const uint8_t* valid;  // [entries] bool; null: all
   uint64_t seed;
   int64_t step;
@@ -135,11 +136,10 @@ PP_HD int64_t draw_among(int64_t count, uint64_t word, const WeightOf& weight_of
   return i;
 }
 
-// The kernel entry that a walker takes to the candidate it has chosen.
+// The kernel entry that a walker takes to the candidate it has chosen, by its entry word.
 template <typename W>
-PP_HD int64_t draw_entry(const W* entries, int64_t count, const WalkRule& rule, int64_t walk) {
+PP_HD int64_t draw_entry(const W* entries, int64_t count, const WalkRule& rule, uint64_t word) {
   if (count == 1) return 0;
-  const uint64_t word = walk_word(rule.seed, walk, rule.step, WalkWord::kEntry);
   const int64_t drawn = draw_among(count, word, [&](int64_t e) {
     return rule.is_valid(e) ? walk_weight(static_cast<double>(widen(entries[e])), rule.power) : 0.0;
   });

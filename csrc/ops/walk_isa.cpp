@@ -54,13 +54,27 @@ void fill_powers(const W* values, int64_t count, double* weights) {
 }
 
 template <typename W>
+void fill_powered(const W* values, int64_t count, const WalkRule& rule, double* weights) {
+  if (rule.power == 1) {
+    fill_powers<1>(values, count, weights);
+  } else if (rule.power == 2) {
+    fill_powers<2>(values, count, weights);
+  } else if (rule.power == 0) {
+    fill_powers<0>(values, count, weights);
+  } else {
+    fill_powers<-1>(values, count, weights);
+  }
+  for (int64_t i = 0; rule.valid && i < count; ++i) {
+    if (!rule.valid[i]) weights[i] = 0;
+  }
+}
+
+template <typename W>
 void fill_weights(const W* values, int64_t candidates, int64_t entries, const WalkRule& rule,
                   double* weights) {
   if (entries == 1 && !rule.valid) {
-    if (rule.power == 1) return fill_powers<1>(values, candidates, weights);
-    if (rule.power == 2) return fill_powers<2>(values, candidates, weights);
-    if (rule.power == 0) return fill_powers<0>(values, candidates, weights);
-    return fill_powers<-1>(values, candidates, weights);
+    fill_powered(values, candidates, rule, weights);
+    return;
   }
   for (int64_t i = 0; i < candidates; ++i) {
     weights[i] = candidate_weight(values + i * entries, entries, rule);
@@ -122,12 +136,16 @@ bool fill_cdf(int64_t count, const WalkScratch& scratch) {
 
 // The CDF of a unit; false where no candidate could be drawn.
 template <typename W>
-bool fill_unit(const WalkMatrix& m, const WalkRule& rule, const W* values, int64_t unit,
+bool fill_unit(const WalkMatrix& m, const WalkRule& rule, const void* values, int64_t unit,
                const WalkScratch& scratch) {
   const int64_t count = m.candidates();
   const int64_t first_target = m.group_of(unit) * count;
   double* weights = scratch.weights;
-  fill_weights(values, count, m.entries, rule, weights);
+  if (rule.mass) {
+    std::memcpy(weights, values, count * sizeof(double));
+  } else {
+    fill_weights(static_cast<const W*>(values), count, m.entries, rule, weights);
+  }
   if (rule.gain) {
     const double* gain = rule.gain + first_target;
     for (int64_t i = 0; i < count; ++i) weights[i] = weights[i] * gain[i];
@@ -179,27 +197,54 @@ PP_INLINE void draw_all(const WalkScratch& scratch, int64_t candidates, const Wa
   for (int64_t begin = 0; begin < count; begin += kBatch) {
     const int here = static_cast<int>(count - begin < kBatch ? count - begin : kBatch);
     int64_t walk[kBatch] = {};
-    uint64_t word[kBatch], draw[kBatch], found[kBatch];
+    uint64_t unit_word[kBatch], entry_word[kBatch], draw[kBatch], found[kBatch];
     for (int k = 0; k < here; ++k) walk[k] = walkers.walks[order[begin + k]];
     for (int k = 0; k < kBatch; ++k) {
-      word[k] = walk_word(rule.seed, walk[k], rule.step, WalkWord::kUnit);
+      unit_word[k] = walk_word(rule.seed, walk[k], rule.step, WalkWord::kUnit);
+      entry_word[k] = walk_word(rule.seed, walk[k], rule.step, WalkWord::kEntry);
     }
-    for (int k = 0; k < kBatch; ++k) draw[k] = fixed_draw(word[k], total);
+    for (int k = 0; k < kBatch; ++k) draw[k] = fixed_draw(unit_word[k], total);
     search(scratch.cdf, padded, draw, found);
     for (int k = 0; k < here; ++k) {
-      arrive(order[begin + k], static_cast<int64_t>(found[k]), walk[k]);
+      arrive(order[begin + k], static_cast<int64_t>(found[k]), entry_word[k]);
     }
   }
 }
 
+// draw_entry of walk.h, on small rows held in registers and the first-level cache.
+template <typename W>
+PP_INLINE int64_t draw_kernel_entry(const W* kernel, int64_t count, const WalkRule& rule,
+                                    uint64_t word) {
+  constexpr int64_t kMost = 32;
+  if (count == 1) return 0;
+  if (count > kMost) return draw_entry(kernel, count, rule, word);
+  const int64_t padded = (count + 7) / 8 * 8;  // weights of 0 add nothing to any sum
+  double weights[kMost] = {};
+  uint64_t cdf[kMost];
+  fill_powered(kernel, count, rule, weights);
+  double largest = largest_of(weights, padded);
+  if (largest == 0) {
+    for (int64_t e = 0; e < count; ++e) weights[e] = rule.is_valid(e);
+    largest = 1;
+  }
+  const int rough = rough_scale(count, exponent_of(largest));
+  const int scale = final_scale(count, rough, sum_of_integers(weights, padded, rough));
+  fill_prefix_sums(weights, padded, scale, cdf);
+  const uint64_t draw = fixed_draw(word, cdf[padded - 1]);
+  int64_t passed = 0;
+  for (int64_t e = 0; e < padded; ++e) passed += cdf[e] <= draw;
+  return passed;
+}
+
 template <typename W>
 void move_walkers(const WalkMatrix& m, const WalkRule& rule, const Walkers& walkers,
-                  const WalkScratch& scratch, const W* values, int64_t unit, const uint32_t* order,
-                  int64_t count) {
+                  const WalkScratch& scratch, const void* values, int64_t unit,
+                  const uint32_t* order, int64_t count) {
+  const W* stored = static_cast<const W*>(m.values);
   const int64_t candidates = m.candidates();
   const int64_t first_target = m.group_of(unit) * candidates;
   const int64_t first = m.first(unit), stride = m.stride();
-  if (!fill_unit(m, rule, values, unit, scratch)) {
+  if (!fill_unit<W>(m, rule, values, unit, scratch)) {
     for (int64_t i = 0; i < count; ++i) {
       walkers.next[order[i]] = -1;
       walkers.edge[order[i]] = -1;
@@ -207,11 +252,11 @@ void move_walkers(const WalkMatrix& m, const WalkRule& rule, const Walkers& walk
     return;
   }
   draw_all(scratch, candidates, rule, walkers, order, count,
-           [&](int64_t walker, int64_t chosen, int64_t walk) {
-             const W* kernel = values + chosen * m.entries;
+           [&](int64_t walker, int64_t chosen, uint64_t word) {
+             const int64_t kernel = first + chosen * stride;
              walkers.next[walker] = first_target + chosen;
              walkers.edge[walker] =
-                 first + chosen * stride + draw_entry(kernel, m.entries, rule, walk);
+                 kernel + draw_kernel_entry(stored + kernel, m.entries, rule, word);
            });
 }
 
@@ -237,7 +282,7 @@ void move_in_field(const WalkMatrix& m, const WalkRule& rule, const WalkField& f
     return;
   }
   draw_all(scratch, candidates * entries, rule, walkers, order, count,
-           [&](int64_t walker, int64_t chosen, int64_t) {
+           [&](int64_t walker, int64_t chosen, uint64_t) {
              const int64_t candidate = chosen / entries, entry = chosen % entries;
              walkers.next[walker] = first_target + candidate;
              walkers.edge[walker] = first + candidate * stride + entry;
@@ -264,8 +309,7 @@ void unit(const WalkMatrix& m, const WalkRule& rule, const Walkers& walkers,
           const WalkScratch& scratch, const void* values, int64_t unit, const uint32_t* order,
           int64_t count) {
   by_stored(m.storage, [&](auto kind) {
-    move_walkers(m, rule, walkers, scratch, static_cast<const decltype(kind)*>(values), unit, order,
-                 count);
+    move_walkers<decltype(kind)>(m, rule, walkers, scratch, values, unit, order, count);
   });
 }
 
@@ -300,8 +344,12 @@ void transpose_single(const W* from, int64_t rows, int64_t columns, int64_t coun
   }
 }
 
-void transpose(const WalkMatrix& m, const WalkScratch& scratch, int64_t group, int64_t column,
-               int64_t count) {
+void transpose(const WalkMatrix& m, const WalkRule& rule, const WalkScratch& scratch, int64_t group,
+               int64_t column, int64_t count) {
+  if (rule.mass) {
+    return transpose_single(rule.mass + group * m.rows * m.columns + column, m.rows, m.columns,
+                            count, static_cast<double*>(scratch.transposed), scratch.pitch);
+  }
   by_stored(m.storage, [&](auto kind) {
     using W = decltype(kind);
     const int64_t entries = m.entries, columns = m.columns;
@@ -318,8 +366,32 @@ void transpose(const WalkMatrix& m, const WalkScratch& scratch, int64_t group, i
   });
 }
 
+// Sums of kernels of a usual size, each in the order of its entries.
+template <int kPower, int kKernel, typename W>
+void fill_masses(const W* values, int64_t count, double* mass) {
+  for (int64_t i = 0; i < count; ++i) {
+    double powers[kKernel];
+    fill_powers<kPower>(values + i * kKernel, kKernel, powers);
+    double sum = 0;
+    for (int e = 0; e < kKernel; ++e) sum += powers[e];
+    mass[i] = sum;
+  }
+}
+
+void mass(const WalkMatrix& m, const WalkRule& rule, int64_t begin, int64_t end, double* mass) {
+  by_stored(m.storage, [&](auto kind) {
+    const auto* values = static_cast<const decltype(kind)*>(m.values) + begin * m.entries;
+    if (m.entries == 9 && rule.power == 1 && !rule.valid) {
+      return fill_masses<1, 9>(values, end - begin, mass + begin);
+    }
+    for (int64_t i = begin; i < end; ++i, values += m.entries) {
+      mass[i] = candidate_weight(values, m.entries, rule);
+    }
+  });
+}
+
 }  // namespace
 
-WalkKernels walk_kernels() { return {unit, field, transpose}; }
+WalkKernels walk_kernels() { return {unit, field, mass, transpose}; }
 
 }  // namespace pathprune::PATHPRUNE_ISA

@@ -19,7 +19,7 @@ struct WalkScratch {
 
 struct WalkKernels {
   // Moves the walkers at `unit`, whose numbers are order[0, count), given the unit's own values
-  // [candidates, entries] side by side.
+  // (with a mass: its own masses) side by side.
   void (*unit)(const WalkMatrix&, const WalkRule&, const Walkers&, const WalkScratch&,
                const void* values, int64_t unit, const uint32_t* order, int64_t count);
   // Moves the walkers at `unit` and one position, to a unit and a position in proportion to the
@@ -27,9 +27,12 @@ struct WalkKernels {
   void (*field)(const WalkMatrix&, const WalkRule&, const WalkField&, const Walkers&,
                 const WalkScratch&, int64_t unit, int64_t position, const uint32_t* order,
                 int64_t count);
-  // Copies `count` columns from `column` of a group on to scratch.transposed, one after the other.
-  void (*transpose)(const WalkMatrix&, const WalkScratch&, int64_t group, int64_t column,
-                    int64_t count);
+  // candidate_weight of kernels [begin, end).
+  void (*mass)(const WalkMatrix&, const WalkRule&, int64_t begin, int64_t end, double* mass);
+  // Copies `count` columns (of the masses, if there are) from `column` of a group on to
+  // scratch.transposed, one after the other.
+  void (*transpose)(const WalkMatrix&, const WalkRule&, const WalkScratch&, int64_t group,
+                    int64_t column, int64_t count);
 };
 
 #define PP_DECLARE_KERNELS(isa) \

@@ -17,16 +17,22 @@ from . import walk_reference
 from .checks import WEIGHT_DTYPES, refuse
 from .ops import define
 
-__all__ = ["walk_choose", "walk_field_step", "walk_mark_", "walk_step"]
+__all__ = ["walk_choose", "walk_field_step", "walk_mark_", "walk_mass", "walk_step"]
 
 UNIT, ENTRY, BRANCH, FLATTEN = range(4)
 
 _STEP = define(
     "walk_step",
-    "(Tensor weight, Tensor units, Tensor walks, Tensor? gain, Tensor? valid, int power, bool to_rows, int seed,"
-    " int step) -> (Tensor, Tensor)",
+    "(Tensor weight, Tensor units, Tensor walks, Tensor? mass, Tensor? gain, Tensor? valid, int power,"
+    " bool to_rows, int seed, int step) -> (Tensor, Tensor)",
     walk_reference.walk_step,
     lambda a: (torch.empty_like(a.units), torch.empty_like(a.units)),
+)
+_MASS = define(
+    "walk_mass",
+    "(Tensor weight, Tensor? valid, int power) -> Tensor",
+    walk_reference.walk_mass,
+    lambda a: a.weight.new_empty(a.weight.shape[:3], dtype=torch.float64),
 )
 _FIELD_STEP = define(
     "walk_field_step",
@@ -58,6 +64,7 @@ def walk_step(
     seed: int,
     step: int,
     power: int = 1,
+    mass: Tensor | None = None,
     gain: Tensor | None = None,
     valid: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -74,6 +81,7 @@ def walk_step(
         to_rows: from columns to rows; otherwise from rows to columns.
         seed, step: of the random words.
         power: 1 (PHEW), 2, 0 (uniform) or -1 (inverse).
+        mass: what :func:`walk_mass` makes of the weight, to be made once for many steps; None: made on the way.
         gain: [G * R] (to rows) or [G * C] float64, finite and >= 0; None: 1.
         valid: [E] bool, the kernel entries that may be drawn; None: all.
 
@@ -81,7 +89,16 @@ def walk_step(
         (units reached, flat indices of the weights taken), both [n] int64; -1 where no candidate has a gain.
     """
     _check_step(weight, units, walks, power, to_rows, step, gain, valid)
-    return _STEP(weight, units, walks, gain, valid, power, to_rows, seed, step)
+    if mass is not None and (mass.dtype, mass.shape, mass.device) != (torch.float64, weight.shape[:3], weight.device):
+        refuse("walk_step", "mass", f"float64 {list(weight.shape[:3])} on {weight.device}", mass)
+    return _STEP(weight, units, walks, mass, gain, valid, power, to_rows, seed, step)
+
+
+def walk_mass(weight: Tensor, valid: Tensor | None = None, power: int = 1) -> Tensor:
+    """``sum_e |w_rce|^power`` over the valid entries of each kernel, in their order: float64 [G, R, C]."""
+    if weight.dtype not in WEIGHT_DTYPES or weight.dim() != 4:
+        refuse("walk_mass", "weight", "float32, float64, bfloat16 or float16 [G, R, C, E]", weight)
+    return _MASS(weight, valid, power)
 
 
 def walk_field_step(
@@ -155,7 +172,7 @@ def walk_mark_(bits: Tensor, edges: Tensor, target: int) -> Tensor:
 
     Args:
         bits: [words] int64; bit b of word k is place 64 k + b. Written to.
-        edges: [walks, steps] int64: the places of each walk; negative for none.
+        edges: [walks, steps] int64, of any strides: the places of each walk; negative for none.
         target: how many places are to be newly marked.
 
     Returns:

@@ -100,10 +100,25 @@ def _with_uniform(weights: Tensor, allowed: Tensor) -> Tensor:
 # ---- the ops -------------------------------------------------------------------------------------
 
 
+def _in_order(entered: Tensor) -> Tensor:
+    """The sum over the last axis, entry after entry."""
+    total = torch.zeros(entered.shape[:-1], dtype=torch.float64, device=entered.device)
+    for e in range(entered.shape[-1]):
+        total = total + entered[..., e]
+    return total
+
+
+def walk_mass(weight: Tensor, valid: Tensor | None, power: int) -> Tensor:
+    """See ``walk_ops.walk_mass``."""
+    entered = powered(weight, power)
+    return _in_order(entered if valid is None else entered * valid)
+
+
 def walk_step(
     weight: Tensor,
     units: Tensor,
     walks: Tensor,
+    mass: Tensor | None,
     gain: Tensor | None,
     valid: Tensor | None,
     power: int,
@@ -132,11 +147,9 @@ def walk_step(
         unit = units[part]
         group = unit // max(sources, 1)
         entered = powered(by_unit[unit], power) * open_entries  # [n, targets, E]
-        mass = torch.zeros(entered.shape[:2], dtype=torch.float64, device=weight.device)
-        for e in range(entries):
-            mass = mass + entered[..., e]
+        total = _in_order(entered)  # `mass` holds just these sums
         allowed = (gains[group] > 0) & bool(open_entries.any())
-        chosen = _chosen(fixed_rows(_with_uniform(mass * gains[group], allowed)), words[0][part])
+        chosen = _chosen(fixed_rows(_with_uniform(total * gains[group], allowed)), words[0][part])
         moved = chosen >= 0
         at = chosen.clamp(min=0)
         entry = torch.zeros_like(at)

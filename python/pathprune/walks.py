@@ -100,6 +100,13 @@ class Walks(WalkMasks):
             for k, site in self.graph.sites.items()
             for ahead in (True, False)
         }
+        self._masses = {
+            k: walk_ops.walk_mass(
+                self._weights[site.weight].view(site.shape), _moved(site.valid, self.device), rule.power
+            )
+            for k, site in self.graph.sites.items()
+            if site.shape[3] > 1  # a kernel is summed once, not at every step
+        }
         self._crossings = {ahead: self._plan(ahead) for ahead in (True, False)}
         self._starts = {ahead: self._start_units(ahead) for ahead in (True, False)}
         for ahead, (_, units) in self._starts.items():
@@ -160,28 +167,30 @@ class Walks(WalkMasks):
     def steps(self, first: int, count: int) -> Tensor:
         """The weights that walks ``first``, ``first + 1``, ... take: places [count, width] int64, -1 for none."""
         taken = torch.full((self.width, count), -1, dtype=torch.int64, device=self.device)
-        walks = torch.arange(first, first + count, device=self.device)
         for ahead in (True, False):
-            rows = (walks % 2 == (0 if ahead else 1)).nonzero().flatten()
-            if rows.numel():
-                self._walk(walks[rows], rows, ahead, taken)
-        return taken.t().contiguous()
+            skipped = (first + (0 if ahead else 1)) % 2  # even walks go ahead, odd ones back
+            walks = torch.arange(first + skipped, first + count, 2, device=self.device)
+            if len(walks):
+                self._walk(walks, ahead, taken[:, skipped::2])
+        return taken.t()
 
-    def _walk(self, walks: Tensor, rows: Tensor, ahead: bool, taken: Tensor) -> None:
+    def _walk(self, walks: Tensor, ahead: bool, taken: Tensor) -> None:
+        everyone = torch.arange(len(walks), device=self.device)
         arrived: dict[int, list[tuple[Tensor, Tensor]]] = {}
-        self._start(walks, ahead, arrived)
+        self._start(walks, everyone, ahead, arrived)
         for k in self.graph.order if ahead else reversed(self.graph.order):
             if k not in arrived:
                 continue
             parts = arrived.pop(k)
-            who, units = (
-                parts[0] if len(parts) == 1 else (torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]))
-            )
+            who, units = parts[0]
+            if len(parts) > 1:
+                who, units = (torch.cat(part) for part in zip(*parts, strict=True))
+            numbers = walks if who is everyone else walks[who]
             if k in self.graph.sites:
-                units = self._cross(k, walks[who], units, ahead, rows[who], taken)
-            self._leave(k, walks, who, units, ahead, arrived)
+                units = self._cross(k, numbers, units, ahead, None if who is everyone else who, taken)
+            self._leave(k, numbers, who, units, ahead, arrived)
 
-    def _start(self, walks: Tensor, ahead: bool, arrived: dict[int, list[tuple[Tensor, Tensor]]]) -> None:
+    def _start(self, walks: Tensor, who: Tensor, ahead: bool, arrived: dict[int, list[tuple[Tensor, Tensor]]]) -> None:
         nodes, units = self._starts[ahead]
         if self.rule.start == "round_robin":
             place = walks // 2 % len(units)
@@ -191,15 +200,14 @@ class Walks(WalkMasks):
             step = len(self.network.nodes)
             zero = torch.zeros_like(walks)
             place = walk_ops.walk_choose(cdf, whole, zero, walks, seed=self.seed, step=step, word=walk_ops.UNIT)
-        who = torch.arange(len(walks), device=self.device)
         ends = self.graph.inputs if ahead else self.graph.outputs
         for k in ends:
             here = who if len(ends) == 1 else (nodes[place] == k).nonzero().flatten()
             if here.numel():
                 arrived.setdefault(k, []).append((here, units[place[here]]))
 
-    def _cross(self, k: int, walks: Tensor, units: Tensor, ahead: bool, rows: Tensor, taken: Tensor) -> Tensor:
-        """One step through a synapse."""
+    def _cross(self, k: int, walks: Tensor, units: Tensor, ahead: bool, who: Tensor | None, taken: Tensor) -> Tensor:
+        """One step through a synapse; who None: of everyone, in order."""
         site = self.graph.sites[k]
         units, edge = walk_ops.walk_step(
             self._weights[site.weight].view(site.shape),
@@ -209,19 +217,19 @@ class Walks(WalkMasks):
             seed=self.seed,
             step=k,
             power=self.rule.power,
+            mass=self._masses.get(k),
             gain=self._gains[k, ahead],
             valid=_moved(site.valid, self.device),
         )
         column = self._columns.get(k)
         if column is not None:
-            place = edge + self.offsets[site.weight]
-            if not self.keep_kernels:
-                taken[column, rows] = place
-            else:
-                entries = site.shape[3]
-                begin = self.offsets[site.weight] + edge // entries * entries
-                for entry in range(entries):
-                    taken[column + entry, rows] = begin + entry
+            entries = site.shape[3] if self.keep_kernels else 1
+            begin = edge // entries * entries if self.keep_kernels else edge
+            for entry in range(entries):
+                if who is None:
+                    torch.add(begin, self.offsets[site.weight] + entry, out=taken[column + entry])
+                else:
+                    taken[column + entry, who] = begin + (self.offsets[site.weight] + entry)
         return units
 
     def _leave(
@@ -233,28 +241,28 @@ class Walks(WalkMasks):
         ahead: bool,
         arrived: dict[int, list[tuple[Tensor, Tensor]]],
     ) -> None:
-        """Takes a branch, and then the link to a unit at its end."""
+        """Takes a branch, and then the link to a unit at its end. ``walks``: the numbers of ``who``."""
         crossing = self._crossings[ahead][k]
         if crossing.branch is None:
             choice = None
         else:
             table = crossing.branch
             choice = walk_ops.walk_choose(
-                table.cdf, table.row_start, units, walks[who], seed=self.seed, step=k, word=walk_ops.BRANCH
+                table.cdf, table.row_start, units, walks, seed=self.seed, step=k, word=walk_ops.BRANCH
             )
         for place, edge in enumerate(crossing.ways):
             if edge is None:
                 continue
-            mine, at = who, units
+            mine, at, numbers = who, units, walks
             if choice is not None:
                 here = (choice == place).nonzero().flatten()
                 if not here.numel():
                     continue
-                mine, at = who[here], units[here]
+                mine, at, numbers = who[here], units[here], walks[here]
             links = crossing.links[place]
             if links is not None:
                 row = walk_ops.walk_choose(
-                    links.cdf, links.row_start, at, walks[mine], seed=self.seed, step=edge.target, word=walk_ops.FLATTEN
+                    links.cdf, links.row_start, at, numbers, seed=self.seed, step=edge.target, word=walk_ops.FLATTEN
                 )
                 at = links.choices[links.row_start[at] + row]
             arrived.setdefault(edge.target if ahead else edge.source, []).append((mine, at))
