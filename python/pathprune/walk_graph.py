@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -48,18 +49,22 @@ class Links:
     def counts(self) -> Tensor:
         return self.start.diff()
 
-    @property
+    @cached_property
     def is_identity(self) -> bool:
-        units = len(self.start) - 1
-        return len(self.targets) == units and bool((self.targets == torch.arange(units)).all())
+        units = torch.arange(len(self.start))
+        return torch.equal(self.start, units) and torch.equal(self.targets, units[:-1])
 
     def reduced(self, values: Tensor) -> Tensor:
         """The sum of ``values`` over the targets of each unit."""
+        if self.is_identity:
+            return values[: len(self.targets)]
         source = torch.repeat_interleave(torch.arange(len(self.start) - 1), self.counts)
         return torch.zeros(len(self.start) - 1, dtype=values.dtype).index_add_(0, source, values[self.targets])
 
     def only(self, allowed: Tensor) -> Links:
         """The links to allowed targets."""
+        if bool(allowed.all()):
+            return self
         source = torch.repeat_interleave(torch.arange(len(self.start) - 1), self.counts)
         keep = allowed[self.targets]
         counts = torch.bincount(source[keep], minlength=len(self.start) - 1)

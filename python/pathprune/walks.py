@@ -27,7 +27,7 @@ from .walk_masks import WalkMasks
 from .walk_reference import powered
 from .walk_tables import Chances, Table
 
-_SAMPLE = 4096  # weights of a tensor that the number of walks is estimated from
+_SAMPLE = 1024  # weights of a tensor that the number of walks is estimated from
 
 
 @dataclass(frozen=True)
@@ -293,24 +293,26 @@ class Walks(WalkMasks):
 
     def expected(self) -> Callable[[float], float]:
         """Roughly how many weights ``n`` walks take: units visited evenly, a sample of each tensor."""
-        parts: list[tuple[float, float, Tensor]] = []  # visits a walk, size, relative weights
+        rates, sizes, samples = [], [], []
         for k, rate in self._visits_per_walk().items():
             site = self.graph.sites[k]
             if site.weight not in self.offsets or rate == 0:
                 continue
             flat = self._weights[site.weight].flatten()
-            stride = max(flat.numel() // _SAMPLE, 1)
-            u = powered(flat[::stride].cpu(), self.rule.power)
-            if self.keep_kernels:
-                u = torch.ones_like(u)
-            size = flat.numel() / (site.shape[3] if self.keep_kernels else 1)
+            u = powered(flat[torch.linspace(0, len(flat) - 1, _SAMPLE).long()].cpu(), self.rule.power)
             mean = float(u.mean())
-            parts.append((rate / size, float(flat.numel()), u / mean if mean > 0 else torch.ones_like(u)))
+            even = self.keep_kernels or mean == 0
+            samples.append(torch.ones_like(u) if even else u / mean)
+            sizes.append(float(len(flat)))
+            rates.append(rate / (len(flat) / (site.shape[3] if self.keep_kernels else 1)))
+        if not samples:
+            return lambda n: 0.0
+        size, u = torch.tensor(sizes, dtype=torch.float64), torch.stack(samples)
+        visits = torch.tensor(rates, dtype=torch.float64)[:, None] * u  # of each sampled weight, by one walk
 
         def taken(n: float) -> float:
-            if n == math.inf:
-                return sum(size * float((u > 0).double().mean()) for _, size, u in parts)
-            return sum(size * float(-torch.expm1(-n * rate * u).mean()) for rate, size, u in parts)
+            share = (u > 0).double() if n == math.inf else -torch.expm1(-n * visits)
+            return float((size * share.mean(1)).sum())
 
         return taken
 
