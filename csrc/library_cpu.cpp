@@ -20,4 +20,9 @@ STABLE_TORCH_LIBRARY_IMPL(pathprune, CPU, m) {
   m.impl("compact_weight", TORCH_BOX(&pathprune::compact_weight));
   m.impl("kth_largest", TORCH_BOX(&pathprune::kth_largest));
   m.impl("gumbel_keys", TORCH_BOX(&pathprune::gumbel_keys));
+  m.impl("sparse_index", TORCH_BOX(&pathprune::sparse_index));
+  m.impl("sparse_matmul", TORCH_BOX(&pathprune::sparse_matmul));
+  m.impl("sparse_sample", TORCH_BOX(&pathprune::sparse_sample));
+  m.impl("sparse_gather", TORCH_BOX(&pathprune::sparse_gather));
+  m.impl("sparse_scatter", TORCH_BOX(&pathprune::sparse_scatter));
 }

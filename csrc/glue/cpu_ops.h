@@ -64,4 +64,25 @@ Tensor kth_largest(const Tensor& values, int64_t k);
 Tensor gumbel_keys(const Tensor& scores, int64_t exponent, double temperature_inverse, int64_t seed,
                    int64_t offset);
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sparse_index(const Tensor& layout,
+                                                                const Tensor& row_start,
+                                                                int64_t columns);
+
+Tensor sparse_matmul(const Tensor& values, const Tensor& x, int64_t f, bool transposed,
+                     int64_t kernel, const Tensor& layout, const Tensor& row_start,
+                     const Tensor& index, const OptionalTensor& layout_t,
+                     const OptionalTensor& row_start_t, const OptionalTensor& index_t,
+                     const OptionalTensor& order, int64_t columns);
+
+Tensor sparse_sample(const Tensor& x, const Tensor& g, const Tensor& layout,
+                     const Tensor& row_start, const Tensor& index, const OptionalTensor& layout_t,
+                     const OptionalTensor& row_start_t, const OptionalTensor& index_t,
+                     const OptionalTensor& order, int64_t columns);
+
+Tensor sparse_gather(const Tensor& dense, const Tensor& layout, const Tensor& row_start,
+                     const Tensor& index, int64_t columns);
+
+Tensor sparse_scatter(const Tensor& values, const Tensor& layout, const Tensor& row_start,
+                      const Tensor& index, int64_t columns);
+
 }  // namespace pathprune
