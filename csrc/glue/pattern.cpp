@@ -3,7 +3,12 @@
 namespace pathprune {
 namespace {
 
-// Of a tensor that may be absent, on the CPU, where its numbers can be looked at.
+// Asking costs less than having torch find out.
+Tensor dense_in_memory(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+// On the CPU, where its numbers can be looked at.
 void check_starts(const char* op, const Tensor& row_start, int64_t rows, int64_t stored) {
   if (!row_start.is_cpu()) return;
   const auto* start = static_cast<const int64_t*>(row_start.const_data_ptr());
@@ -16,12 +21,11 @@ void check_starts(const char* op, const Tensor& row_start, int64_t rows, int64_t
 
 PatternArguments::PatternArguments(const char* op, const Tensor& layout, const Tensor& row_start,
                                    const Tensor& index, const OptionalTensor& layout_t,
-                                   const OptionalTensor& row_start_t,
-                                   const OptionalTensor& index_t, const OptionalTensor& order,
-                                   int64_t columns)
-    : layout_(torch::stable::contiguous(layout)),
-      row_start_(torch::stable::contiguous(row_start)),
-      index_(torch::stable::contiguous(index)) {
+                                   const OptionalTensor& row_start_t, const OptionalTensor& index_t,
+                                   const OptionalTensor& order, int64_t columns)
+    : layout_(dense_in_memory(layout)),
+      row_start_(dense_in_memory(row_start)),
+      index_(dense_in_memory(index)) {
   check_at_least(op, "columns", columns, 0);
   if (layout.dim() != 3) refuse(op, "layout", "3 dimensions [G, O, W]", describe(layout));
   if (index.dim() != 1) refuse(op, "index", "1 dimension [stored]", describe(index));
@@ -45,10 +49,10 @@ PatternArguments::PatternArguments(const char* op, const Tensor& layout, const T
   check_tensor(op, "row_start_t", *row_start_t, ScalarType::Long, {groups * columns + 1}, layout);
   check_tensor(op, "index_t", *index_t, ScalarType::Short, {stored}, layout);
   check_tensor(op, "order", *order, ScalarType::Int, {stored}, layout);
-  layout_t_ = torch::stable::contiguous(*layout_t);
-  row_start_t_ = torch::stable::contiguous(*row_start_t);
-  index_t_ = torch::stable::contiguous(*index_t);
-  order_ = torch::stable::contiguous(*order);
+  layout_t_ = dense_in_memory(*layout_t);
+  row_start_t_ = dense_in_memory(*row_start_t);
+  index_t_ = dense_in_memory(*index_t);
+  order_ = dense_in_memory(*order);
   check_starts(op, *row_start_t_, groups * columns, stored);
   transposed_.layout = data_or_null<uint16_t>(layout_t_);
   transposed_.row_start = data_or_null<int64_t>(row_start_t_);

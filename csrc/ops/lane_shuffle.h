@@ -56,9 +56,9 @@ PP_INLINE void store_vector(T* to, Vector<T> v, int64_t count = kWidth<T>) {
 template <typename T, int kApart, bool kUpper, int... kLane>
 PP_INLINE Vector<T> trade(Vector<T> a, Vector<T> b, std::integer_sequence<int, kLane...>) {
   constexpr int kB = sizeof...(kLane);
-  return __builtin_shufflevector(a, b,
-                                 (kLane & kApart ? kB + kLane - (kUpper ? 0 : kApart)
-                                                 : kLane + (kUpper ? kApart : 0))...);
+  return __builtin_shufflevector(
+      a, b,
+      (kLane & kApart ? kB + kLane - (kUpper ? 0 : kApart) : kLane + (kUpper ? kApart : 0))...);
 }
 
 template <typename T, int kApart, bool kUpper>

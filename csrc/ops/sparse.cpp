@@ -32,7 +32,8 @@ template <typename Visit>
 void for_rows(const Pattern& w, int64_t parts, const Visit& visit) {
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t share = ceil_divide(w.rows, std::max<int64_t>(1, 4 * threads));
-  const int64_t count = std::clamp<int64_t>(ceil_divide(share, kLanes) * kLanes, kLanes, kSparseRows);
+  const int64_t count =
+      std::clamp<int64_t>(ceil_divide(share, kLanes) * kLanes, kLanes, kSparseRows);
   const int64_t blocks = ceil_divide(w.rows, count);
   in_parts(w.groups * parts * blocks, 1, [&](int64_t i, int64_t) {
     const int64_t begin = i % blocks * count;
@@ -58,8 +59,8 @@ class Panels {
       const int64_t unit = i % parts * kPackedUnits;
       const Strided<const A> x = {from + group * strides[0] + first(panel) * strides[1], strides[1],
                                   strides[2]};
-      kernels.pack(x, positions(panel), unit, std::min(units_, unit + kPackedUnits),
-                   vectors(panel), at(group, panel));
+      kernels.pack(x, positions(panel), unit, std::min(units_, unit + kPackedUnits), vectors(panel),
+                   at(group, panel));
     });
   }
 
@@ -182,14 +183,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sparse_index(const Tensor& la
   check_tensor(op, "row_start", row_start, ScalarType::Long, {groups * rows + 1}, layout);
   const Tensor bits = torch::stable::contiguous(layout);
   const Tensor starts = torch::stable::contiguous(row_start);
-  const Pattern w = {data_of<uint16_t>(bits), data_of<int64_t>(starts), nullptr, nullptr, groups,
-                     rows, columns, words};
+  const Pattern w = {data_of<uint16_t>(bits),
+                     data_of<int64_t>(starts),
+                     nullptr,
+                     nullptr,
+                     groups,
+                     rows,
+                     columns,
+                     words};
   const int64_t stored = w.row_start[groups * rows];
   const int64_t live = PP_BY_ISA(mask_kernels)().count(w.layout, groups * rows * words);
   if (stored != live || stored > INT32_MAX) {
-    refuse(op, "row_start",
-           stored != live ? std::to_string(live) + " entries, as layout" : "at most 2^31 - 1 entries",
-           std::to_string(stored));
+    refuse(
+        op, "row_start",
+        stored != live ? std::to_string(live) + " entries, as layout" : "at most 2^31 - 1 entries",
+        std::to_string(stored));
   }
   const int64_t words_t = words_of(rows);
   const Tensor index = new_tensor(layout, {stored}, ScalarType::Short);
@@ -238,8 +246,10 @@ Tensor sparse_matmul(const Tensor& values, const Tensor& x, int64_t f, bool tran
                      const OptionalTensor& row_start_t, const OptionalTensor& index_t,
                      const OptionalTensor& order, int64_t columns) {
   const char* op = "sparse_matmul";
-  const PatternArguments pattern(op, layout, row_start, index, layout_t, row_start_t, index_t,
-                                 order, columns);
+  const bool t = transposed;  // what is not used is not looked at
+  const PatternArguments pattern(op, layout, row_start, index, t ? layout_t : std::nullopt,
+                                 t ? row_start_t : std::nullopt, t ? index_t : std::nullopt,
+                                 t ? order : std::nullopt, columns);
   const Pattern& w = transposed ? pattern.transposed(op) : pattern.view();
   const Storage storage = check_storage(op, "values", values);
   const WeightMap map = check_map(op, "f", f);
@@ -267,8 +277,8 @@ Tensor sparse_sample(const Tensor& x, const Tensor& g, const Tensor& layout,
                      const OptionalTensor& row_start_t, const OptionalTensor& index_t,
                      const OptionalTensor& order, int64_t columns) {
   const char* op = "sparse_sample";
-  const PatternArguments pattern(op, layout, row_start, index, layout_t, row_start_t, index_t,
-                                 order, columns);
+  const PatternArguments pattern(op, layout, row_start, index, std::nullopt, std::nullopt,
+                                 std::nullopt, std::nullopt, columns);
   const Pattern& w = pattern.view();
   const auto type = x.scalar_type();
   if (type != ScalarType::Float && type != ScalarType::Double) {

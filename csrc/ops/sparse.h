@@ -58,7 +58,8 @@ struct SparseKernels {
   void (*expand)(const Pattern& w, const Rows& rows, const A* values, const A* x, A* y);
   // Shares of live entries from which on the latter is faster.
   double expand_from;
-  // sums[i] (+)= sum_t g[t, r] x[t, c] over the positions of a panel, for the entries i of the rows.
+  // sums[i] (+)= sum_t g[t, r] x[t, c] over the positions of a panel, for the entries i of the
+  // rows.
   void (*sample)(const Pattern& w, const Rows& rows, const A* x_panel, const A* g_panel,
                  int vectors, bool add, A* sums);
   // Writes the rows out, with zeros where nothing is stored; `size` bytes a value.
@@ -66,9 +67,9 @@ struct SparseKernels {
                   void* dense);
 };
 
-#define PP_DECLARE_KERNELS(isa)       \
-  namespace isa {                     \
-  template <typename A>               \
+#define PP_DECLARE_KERNELS(isa)      \
+  namespace isa {                    \
+  template <typename A>              \
   SparseKernels<A> sparse_kernels(); \
   }
 PP_DECLARE_KERNELS(baseline)

@@ -191,9 +191,9 @@ def _check_sparse(op: str, given: Mapping[str, Any]) -> None:
         "index_t": (torch.int16, (stored,)),
         "order": (torch.int32, (stored,)),
     }
-    for name, (dtype, shape) in transpose.items():
+    for name, (kind, shape) in transpose.items():
         if given.get(name) is not None:
-            _check_tensor(op, name, given[name], dtype, shape, device)
+            _check_tensor(op, name, given[name], kind, shape, device)
         elif given.get("transposed"):
             refuse(op, name, "a tensor to transpose with", None)
     kernel = given.get("kernel", 0)

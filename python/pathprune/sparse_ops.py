@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from . import sparse_reference
-from .checks import accumulate_dtype, check_arguments
+from .checks import check_arguments
 from .ops import _LIBRARY
 from .reference import WeightMap, map_slope
 
@@ -62,21 +62,24 @@ _NAMES = {name: tuple(argument.name for argument in op._schema.arguments) for na
 
 
 class Pattern(NamedTuple):
-    """Where a sparse weight has its entries: the arguments of all ops, in their order."""
+    """Where a sparse weight has its entries: the arguments of all ops, in their order.
+
+    `column_index` and `row_index` are `index` and `index_t`; a tuple has an `index` of its own.
+    """
 
     layout: Tensor
     row_start: Tensor
-    index: Tensor
+    column_index: Tensor
     layout_t: Tensor | None
     row_start_t: Tensor | None
-    index_t: Tensor | None
+    row_index: Tensor | None
     order: Tensor | None
     columns: int
 
     @property
     def rows(self) -> tuple[Tensor, Tensor, Tensor, int]:
         """What says where the rows lie, without the transpose."""
-        return self.layout, self.row_start, self.index, self.columns
+        return self.layout, self.row_start, self.column_index, self.columns
 
 
 # ---- fake kernels: the shapes and dtypes of the results ------------------------------------------
@@ -107,9 +110,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "sparse_matmul": _fake_matmul,
     "sparse_sample": lambda x, g, layout, row_start, index, *rest: x.new_empty(index.shape[0]),
     "sparse_gather": lambda dense, layout, row_start, index, columns: dense.new_empty(index.shape[0]),
-    "sparse_scatter": lambda values, layout, row_start, index, columns: values.new_empty(
-        (*layout.shape[:2], columns)
-    ),
+    "sparse_scatter": lambda values, layout, row_start, index, columns: values.new_empty((*layout.shape[:2], columns)),
 }
 for _name, _fake in _FAKES.items():
     torch.library.register_fake(f"pathprune::{_name}", _fake, lib=_LIBRARY)
@@ -203,9 +204,20 @@ _LIBRARY.impl("sparse_index", torch.library.fallthrough_kernel, "Autograd")
 
 
 def _call(name: str, *values: Any) -> Any:
-    if not torch.compiler.is_compiling():  # the kernels check as well, but not in these words
+    """Calls the op, without torch's autograd in Python, which takes longer than small products, if it may.
+
+    The kernels check the arguments; what they refuse is checked again for the words of the error.
+    """
+    if torch.compiler.is_compiling():
+        return _OPS[name](*values)
+    try:
+        if torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in values[:2]):
+            return _OPS[name](*values)
+        with torch._C._AutoDispatchBelowAutograd():
+            return _OPS[name](*values)
+    except RuntimeError:
         check_arguments(name, dict(zip(_NAMES[name], values, strict=True)))
-    return _OPS[name](*values)
+        raise
 
 
 def sparse_index(layout: Tensor, row_start: Tensor, columns: int) -> Pattern:
@@ -217,7 +229,8 @@ def sparse_index(layout: Tensor, row_start: Tensor, columns: int) -> Pattern:
     Raises:
         ValueError: row_start does not tell of as many entries as layout has, or of more than 2^31 - 1.
     """
-    return Pattern(layout, row_start, *_call("sparse_index", layout, row_start, columns), columns)
+    index, layout_t, row_start_t, index_t, order = _call("sparse_index", layout, row_start, columns)
+    return Pattern(layout, row_start, index, layout_t, row_start_t, index_t, order, columns)
 
 
 def sparse_matmul(
@@ -259,8 +272,3 @@ def sparse_gather(dense: Tensor, pattern: Pattern) -> Tensor:
 def sparse_scatter(values: Tensor, pattern: Pattern) -> Tensor:
     """[G, O, K]: the values at the entries, zeros elsewhere. Its gradient is `sparse_gather`."""
     return _call("sparse_scatter", values, *pattern.rows)
-
-
-def accumulated(values: Tensor) -> torch.dtype:
-    """A of a sparse weight."""
-    return accumulate_dtype(values.dtype)

@@ -15,9 +15,7 @@ MOST_STORED = 2**31 - 1  # `order` is int32
 
 
 @checked
-def sparse_index(
-    layout: Tensor, row_start: Tensor, columns: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def sparse_index(layout: Tensor, row_start: Tensor, columns: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(index, layout_t, row_start_t, index_t, order) of a pattern."""
     bits = mask_unpack(layout, columns)  # [G, O, K]
     stored, told = int(bits.sum()), int(row_start[-1])
