@@ -7,7 +7,6 @@ y = pp.masked_matmul(x, values, mask, bias)          # x (W . M)^T + b, with bot
 
 from __future__ import annotations
 
-import bisect
 import math
 import weakref
 from typing import Any
@@ -27,11 +26,19 @@ _OP = "masked_matmul"
 # How many times faster than F.linear on a dense weight of the same shape with its zeros written out: measured
 # in float32 on one thread of an AMD EPYC (AVX-512), square weights; first the forward alone, then with both
 # gradients. benchmarks/masked_matmul.py measures it anew.
-_SIDES = (256, 1024, 4096)  # the square root of rows * columns
+_SIDES = (32, 256, 1024, 4096)  # the square root of rows * columns
 _DENSITIES = (0.01, 0.05, 0.1, 0.2, 0.5, 1.0)
 _BATCHES = (1, 8, 32, 128, 256, 1024)
 _Grid = tuple[tuple[tuple[float, ...], ...], ...]
 _FORWARD: _Grid = (
+    (
+        (0.29, 0.33, 0.34, 0.42, 0.49, 0.78),
+        (0.3, 0.32, 0.36, 0.43, 0.5, 0.64),
+        (0.31, 0.33, 0.34, 0.44, 0.5, 0.53),
+        (0.3, 0.33, 0.35, 0.41, 0.46, 0.53),
+        (0.3, 0.31, 0.36, 0.4, 0.46, 0.51),
+        (0.3, 0.3, 0.33, 0.37, 0.4, 0.45),
+    ),
     (
         (0.29, 0.56, 1.1, 2.1, 2.9, 2.2),
         (0.31, 0.55, 1.0, 1.7, 2.1, 1.9),
@@ -59,6 +66,14 @@ _FORWARD: _Grid = (
 )
 _TRAINING: _Grid = (
     (
+        (0.28, 0.3, 0.32, 0.41, 0.5, 0.7),
+        (0.27, 0.3, 0.33, 0.41, 0.47, 0.6),
+        (0.27, 0.29, 0.32, 0.42, 0.47, 0.52),
+        (0.27, 0.3, 0.32, 0.41, 0.46, 0.57),
+        (0.26, 0.28, 0.33, 0.4, 0.45, 0.53),
+        (0.27, 0.28, 0.31, 0.36, 0.4, 0.45),
+    ),
+    (
         (0.28, 0.48, 1.1, 2.0, 2.4, 2.0),
         (0.3, 0.53, 0.98, 1.7, 1.9, 1.9),
         (0.27, 0.46, 0.91, 1.7, 1.8, 1.8),
@@ -77,7 +92,7 @@ _TRAINING: _Grid = (
     (
         (22.0, 34.0, 22.0, 17.0, 14.0, 9.9),
         (5.3, 7.0, 10.0, 9.6, 7.4, 6.5),
-        (0.87, 4.0, 3.6, 5.2, 4.7, 3.9),
+        (4.0, 4.0, 3.6, 5.2, 4.7, 3.9),
         (1.6, 1.3, 2.0, 2.4, 2.7, 2.4),
         (0.58, 1.3, 1.5, 1.6, 1.3, 1.1),
         (0.26, 0.44, 0.55, 0.75, 0.67, 0.62),
@@ -85,9 +100,13 @@ _TRAINING: _Grid = (
 )
 
 
+# What writing a packed weight out for a dense product takes, in rows of x of that product.
+WRITING_OUT = 16
+
+
 def _between(marks: tuple[float, ...], at: float) -> tuple[int, int, float]:
     """The marks beside `at`, and how far it is from the first to the second, on a logarithmic scale."""
-    high = bisect.bisect_left(marks, at)
+    high = sum(mark < at for mark in marks)
     if high in (0, len(marks)):
         return (end := min(high, len(marks) - 1)), end, 0.0
     low = high - 1
@@ -130,6 +149,7 @@ class PackedMask:
         self.pattern = pattern
         self.groups, self.out_features = int(pattern.layout.shape[0]), int(pattern.layout.shape[1])
         self.in_features, self.stored = pattern.columns, int(pattern.column_index.shape[0])
+        self._kernels: dict[tuple[int, bool], str] = {}
         watched = () if torch.compiler.is_compiling() else (pattern.layout, source)
         self._watched = [(weakref.ref(tensor), tensor._version) for tensor in watched if tensor is not None]
 
@@ -192,7 +212,13 @@ class PackedMask:
 
     def kernel(self, batch: int, *, training: bool = False) -> str:
         """What `masked_matmul` takes for so many rows of x: "auto", the sparse kernels, or "dense"."""
-        return "auto" if self.expected_speedup(batch, training=training) >= 1 else "dense"
+        chosen = self._kernels.get((batch, training))
+        if chosen is None:
+            speedup = self.expected_speedup(batch, training=training)
+            chosen = "auto" if speedup >= batch / (batch + WRITING_OUT) else "dense"
+            if not torch.compiler.is_compiling():
+                self._kernels[batch, training] = chosen
+        return chosen
 
     def check_unchanged(self, op: str = _OP) -> None:
         """Raises ValueError where a tensor has been written to since the mask was packed."""

@@ -79,15 +79,20 @@ class _Sparse(nn.Module):
             if name != "columns":
                 self.register_buffer(name, value, persistent=name == "layout")
         self._columns = mask.in_features
+        self._mask: PackedMask | None = None
 
     @property
     def mask(self) -> PackedMask:
         """The mask, packed."""
-        return PackedMask(self._pattern())
+        if torch.compiler.is_compiling():
+            return PackedMask(self._pattern())
+        if self._mask is None or self._mask.pattern.layout is not self.layout:  # moved or loaded
+            self._mask = PackedMask(self._pattern())
+        return self._mask
 
     def _pattern(self) -> Pattern:
-        tensors: list[Any] = [getattr(self, name) for name in Pattern._fields[:-1]]
-        return Pattern(*tensors, self._columns)
+        tensors: dict[str, Any] = {name: getattr(self, name) for name in Pattern._fields[:-1]}
+        return Pattern(**tensors, columns=self._columns)
 
     @property
     def density(self) -> float:
