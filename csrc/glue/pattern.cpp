@@ -73,4 +73,10 @@ void PatternArguments::check_flow(const char* op, const char* argument, const Te
   check_tensor(op, argument, flow, type, {view_.groups, flow.size(1), units}, layout_);
 }
 
+void PatternArguments::check_values(const char* op, const Tensor& values) const {
+  if (values.dim() != 1 || values.size(0) < stored()) {
+    refuse(op, "values", "1 dimension of at least " + std::to_string(stored()), describe(values));
+  }
+}
+
 }  // namespace pathprune

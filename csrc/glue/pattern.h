@@ -26,6 +26,9 @@ class PatternArguments {
   void check_flow(const char* op, const char* argument, const Tensor& flow, ScalarType type,
                   int64_t units) const;
 
+  // Refuses values that are not one for each entry, or more.
+  void check_values(const char* op, const Tensor& values) const;
+
  private:
   Tensor layout_, row_start_, index_;
   OptionalTensor layout_t_, row_start_t_, index_t_, order_;

@@ -142,12 +142,6 @@ auto by_type(ScalarType type, const Function& function) {
   return type == ScalarType::Double ? function(double()) : function(float());
 }
 
-void check_values(const char* op, const Tensor& values, int64_t stored) {
-  if (values.dim() != 1 || values.size(0) < stored) {
-    refuse(op, "values", "1 dimension of at least " + std::to_string(stored), describe(values));
-  }
-}
-
 // ---- the index ----------------------------------------------------------------------------------
 
 constexpr int64_t kIndexedAtOnce = 512;  // columns
@@ -253,7 +247,7 @@ Tensor sparse_matmul(const Tensor& values, const Tensor& x, int64_t f, bool tran
   const Pattern& w = transposed ? pattern.transposed(op) : pattern.view();
   const Storage storage = check_storage(op, "values", values);
   const WeightMap map = check_map(op, "f", f);
-  check_values(op, values, pattern.stored());
+  pattern.check_values(op, values);
   const auto type = storage == Storage::kFloat64 ? ScalarType::Double : ScalarType::Float;
   pattern.check_flow(op, "x", x, type, w.columns);
   const int64_t positions = x.size(1);
@@ -330,7 +324,7 @@ Tensor sparse_scatter(const Tensor& values, const Tensor& layout, const Tensor& 
   const PatternArguments pattern(op, layout, row_start, index, std::nullopt, std::nullopt,
                                  std::nullopt, std::nullopt, columns);
   check_storage(op, "values", values);
-  check_values(op, values, pattern.stored());
+  pattern.check_values(op, values);
   const Pattern& w = pattern.view();
   const Tensor stored = torch::stable::contiguous(values);
   const Tensor dense = new_tensor(values, {w.groups, w.rows, columns}, values.scalar_type());
