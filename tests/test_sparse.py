@@ -44,7 +44,8 @@ CONVOLUTIONS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("options", CONVOLUTIONS, ids=str)
 def test_convolutions(options: dict[str, Any], handicap: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Values and gradients are those of the masked convolution, whichever way they are computed."""
-    monkeypatch.setattr("pathprune.sparse.CONVOLUTION_HANDICAP", handicap)
+    monkeypatch.setattr("pathprune.sparse.POINTWISE_HANDICAP", handicap)
+    monkeypatch.setattr("pathprune.sparse.PATCH_HANDICAP", handicap)
     monkeypatch.setattr("pathprune.sparse.PATCH_BYTES", 20_000)
     torch.manual_seed(0)
     dense = nn.Conv2d(8, 12, dtype=torch.float64, **options)

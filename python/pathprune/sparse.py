@@ -36,13 +36,20 @@ __all__ = [
 ]
 
 BATCHES = (1, 32, 256)  # what `sparsify` looks at where no batch is given
-# A convolution as a matrix product has its patches to write out, and competes with kernels that have not.
-CONVOLUTION_HANDICAP = 3.0
+# A convolution as a matrix product has its patches to write out and its results to turn, and competes with
+# kernels that have not: of a gain in the product so many times the size is wanted (measured, 1x1 and others).
+POINTWISE_HANDICAP, PATCH_HANDICAP = 2.0, 8.0
 PATCH_BYTES = 64 << 20  # of patches written out at once
 
 
 def _groups_of(layer: Any) -> int:
     return int(getattr(layer, "groups", 1))
+
+
+def _handicap(layer: nn.Module) -> float:
+    if not isinstance(layer, nn.Conv2d):
+        return 1.0
+    return POINTWISE_HANDICAP if layer.kernel_size == (1, 1) else PATCH_HANDICAP
 
 
 class _Sparse(nn.Module):
@@ -173,7 +180,7 @@ class SparseConv2d(_Sparse):
     def _takes_dense(self, positions: int) -> bool:
         mask = self.mask
         training = torch.is_grad_enabled() and self.weight.requires_grad
-        return mask.expected_speedup(positions, training=training) < CONVOLUTION_HANDICAP
+        return mask.expected_speedup(positions, training=training) < _handicap(self._dense[0])
 
     def _patches(self, x: Tensor) -> Tensor:
         """[images, in * height * width of the kernel, positions]"""
@@ -299,7 +306,7 @@ def _judge(
     columns = max(1, mask[0].numel()) if len(mask) else 1
     packed_bytes = kept * weight.element_size() + len(mask) * -(-columns // 16) * 2
     groups = _groups_of(layer)
-    handicap = CONVOLUTION_HANDICAP if isinstance(layer, nn.Conv2d) else 1.0
+    handicap = _handicap(layer)
     rows = len(mask) // groups
     speedup = {b: expected_speedup(rows, columns, kept / total, b) / handicap for b in batches}
     swapped = False
