@@ -1,6 +1,7 @@
 """Runs the benchmarks: verify, time side by side in one process, print Markdown, write JSON beside this file.
 
-python benchmarks/run.py [--suite scoring,selection,walks] [--threads 2] [--quick] [--out benchmarks/results]
+python benchmarks/run.py [--suite scoring,selection,walks,masked_matmul] [--threads 2] [--quick]
+                         [--out benchmarks/results]
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+import masked_matmul
 import scoring
 import selection
 import walks
@@ -54,12 +56,27 @@ def walks_suite(quick: bool) -> list[tuple[str, Work]]:
     return cases
 
 
-SUITES = {"scoring": scoring_suite, "selection": selection_suite, "walks": walks_suite}
+def masked_matmul_suite(quick: bool) -> list[tuple[str, Work]]:
+    return [
+        (f"{kind} {n} {d} {t}", lambda b, k=kind, n=n, d=d, t=t: masked_matmul.measure(k, n, d, t, b))
+        for n in ((1024,) if quick else (1024, 4096))
+        for kind in masked_matmul.KINDS
+        for d in masked_matmul.DENSITIES
+        for t in ((1, 32) if quick else masked_matmul.BATCHES)
+    ]
+
+
+SUITES = {
+    "scoring": scoring_suite,
+    "selection": selection_suite,
+    "walks": walks_suite,
+    "masked_matmul": masked_matmul_suite,
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suite", default="scoring,selection,walks", help=f"comma-separated, of {sorted(SUITES)}")
+    parser.add_argument("--suite", default=",".join(SUITES), help=f"comma-separated, of {sorted(SUITES)}")
     parser.add_argument("--only", default="", help="run only cases whose name contains this")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--quick", action="store_true", help="small cases only")
@@ -72,15 +89,19 @@ def main() -> None:
         bandwidth = copy_bandwidth()
         print(f"# {suite}: {options.threads} threads, copy bandwidth {bandwidth:.3g} GB/s\n", flush=True)
         results: list[Result] = []
+        clock = "process" if suite == "masked_matmul" else "wall"
         for name, work in SUITES[suite](options.quick):
             if options.only not in name:
                 continue
             results.append(work(bandwidth))
-            print(markdown(results[-1:], "pathprune" if "memory" not in name else "compact=False"), flush=True)
+            print(markdown(results[-1:], "pathprune" if "memory" not in name else "compact=False", clock), flush=True)
             # After each case, so that an interrupted run keeps what it has.
             path = save(suite, results, options.out, threads=options.threads, copy_gb_per_second=bandwidth)
         if results:
             print("written to", path)
+        if results and suite == "masked_matmul":
+            print(masked_matmul.overview(results))
+            masked_matmul.plot(results, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

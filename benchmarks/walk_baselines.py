@@ -39,10 +39,10 @@ class PublishedWalks:
             row = self.forward[k][unit] if ahead else self.backward[k][unit]
             if ahead and len(row) and len(self.forward[k]) != self.masks[k].shape[1]:
                 raise AssertionError
-            following = int(np.random.choice(list(range(len(row))), 1, p=row)[0])
+            following = int(np.random.choice(list(range(len(row))), 1, p=row)[0])  # noqa: NPY002
             o, i = (following, unit) if ahead else (unit, following)
             entry = self.entries[k][o, i]
-            e = int(np.random.choice(list(range(len(entry))), 1, p=entry / entry.sum())[0])
+            e = int(np.random.choice(list(range(len(entry))), 1, p=entry / entry.sum())[0])  # noqa: NPY002
             self.masks[k][o, i].view(-1)[e] = 1
             unit = following
 

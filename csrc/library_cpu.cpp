@@ -25,4 +25,9 @@ STABLE_TORCH_LIBRARY_IMPL(pathprune, CPU, m) {
   m.impl("walk_field_step", TORCH_BOX(&pathprune::walk_field_step));
   m.impl("walk_choose", TORCH_BOX(&pathprune::walk_choose));
   m.impl("walk_mark_", TORCH_BOX(&pathprune::walk_mark_));
+  m.impl("sparse_index", TORCH_BOX(&pathprune::sparse_index));
+  m.impl("sparse_matmul", TORCH_BOX(&pathprune::sparse_matmul));
+  m.impl("sparse_sample", TORCH_BOX(&pathprune::sparse_sample));
+  m.impl("sparse_gather", TORCH_BOX(&pathprune::sparse_gather));
+  m.impl("sparse_scatter", TORCH_BOX(&pathprune::sparse_scatter));
 }

@@ -78,4 +78,25 @@ Tensor walk_choose(const Tensor& cdf, const Tensor& row_start, const Tensor& row
                    const Tensor& walks, int64_t seed, int64_t step, int64_t word);
 Tensor walk_mark_(const Tensor& bits, const Tensor& edges, int64_t target);
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sparse_index(const Tensor& layout,
+                                                                const Tensor& row_start,
+                                                                int64_t columns);
+
+Tensor sparse_matmul(const Tensor& values, const Tensor& x, int64_t f, bool transposed,
+                     int64_t kernel, const Tensor& layout, const Tensor& row_start,
+                     const Tensor& index, const OptionalTensor& layout_t,
+                     const OptionalTensor& row_start_t, const OptionalTensor& index_t,
+                     const OptionalTensor& order, int64_t columns);
+
+Tensor sparse_sample(const Tensor& x, const Tensor& g, const Tensor& layout,
+                     const Tensor& row_start, const Tensor& index, const OptionalTensor& layout_t,
+                     const OptionalTensor& row_start_t, const OptionalTensor& index_t,
+                     const OptionalTensor& order, int64_t columns);
+
+Tensor sparse_gather(const Tensor& dense, const Tensor& layout, const Tensor& row_start,
+                     const Tensor& index, int64_t columns);
+
+Tensor sparse_scatter(const Tensor& values, const Tensor& layout, const Tensor& row_start,
+                      const Tensor& index, int64_t columns);
+
 }  // namespace pathprune

@@ -7,6 +7,7 @@ masks.apply_(model)
 """
 
 from ._mask_io import MaskFileError, MaskMismatchError
+from .masked import PackedMask, masked_matmul, pack_mask
 from .masks import Masks
 from .network import PathNetwork, SupportReport, UnsupportedModelError
 from .ops import WeightMap
@@ -29,6 +30,7 @@ from .pruning import prune
 from .report import PathCounts, Report, path_counts
 from .scoring import NetworkScores, scores
 from .select import NonFiniteScoreError, Threshold, keep_masks, select_threshold
+from .sparse import SparseConv2d, SparseLinear, densify, load_sparse, save_sparse, sparsify
 from .version import __version__
 
 __all__ = [
@@ -39,6 +41,7 @@ __all__ = [
     "Masks",
     "NetworkScores",
     "NonFiniteScoreError",
+    "PackedMask",
     "PathCounts",
     "PathNetwork",
     "Paths",
@@ -47,6 +50,8 @@ __all__ = [
     "Random",
     "Report",
     "Sketch",
+    "SparseConv2d",
+    "SparseLinear",
     "SupportReport",
     "SynFlow",
     "SynFlowDist",
@@ -57,11 +62,17 @@ __all__ = [
     "UnsupportedModelError",
     "WeightMap",
     "__version__",
+    "densify",
     "keep_masks",
+    "load_sparse",
+    "masked_matmul",
+    "pack_mask",
     "path_counts",
     "prune",
     "sample_paths",
     "sample_with_replacement",
+    "save_sparse",
     "scores",
     "select_threshold",
+    "sparsify",
 ]

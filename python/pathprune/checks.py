@@ -58,6 +58,9 @@ def check_arguments(op: str, given: Mapping[str, Any]) -> None:
             refuse(op, name, "a number or an infinity", value)
         if name in _LEAST and (value is None or value < _LEAST[name]):
             refuse(op, name, f"a number >= {_LEAST[name]}", value)
+    if op.startswith("sparse_"):
+        _check_sparse(op, given)
+        return
     if "weight" in given:
         groups, rows, columns = _check_weight(op, given)
         if "x_old" in given:
@@ -164,3 +167,63 @@ def _check_sampling(op: str, scores: Tensor, temperature_inverse: float) -> None
         refuse(op, "scores", _FLOATS, scores)
     if not 0 <= temperature_inverse < math.inf:
         refuse(op, "temperature_inverse", "a finite number >= 0", temperature_inverse)
+
+
+def _check_sparse(op: str, given: Mapping[str, Any]) -> None:
+    """Checks the arguments of an op on a sparse weight, its pattern first."""
+    layout, columns = given["layout"], given["columns"]
+    if layout.dim() != 3:
+        refuse(op, "layout", "3 dimensions [G, O, W]", layout)
+    groups, rows = layout.shape[:2]
+    device = layout.device
+    _check_tensor(op, "layout", layout, torch.int16, (groups, rows, words(columns)), device)
+    _check_tensor(op, "row_start", given["row_start"], torch.int64, (groups * rows + 1,), device)
+    if "index" not in given:
+        return
+    index = given["index"]
+    if index.dim() != 1:
+        refuse(op, "index", "1 dimension [stored]", index)
+    stored = index.shape[0]
+    _check_tensor(op, "index", index, torch.int16, (stored,), device)
+    transpose = {
+        "layout_t": (torch.int16, (groups, columns, words(rows))),
+        "row_start_t": (torch.int64, (groups * columns + 1,)),
+        "index_t": (torch.int16, (stored,)),
+        "order": (torch.int32, (stored,)),
+    }
+    for name, (kind, shape) in transpose.items():
+        if given.get(name) is not None:
+            _check_tensor(op, name, given[name], kind, shape, device)
+        elif given.get("transposed"):
+            refuse(op, name, "a tensor to transpose with", None)
+    kernel = given.get("kernel", 0)
+    if not 0 <= kernel <= 3 or (kernel > 1 and given["x"].dim() == 3 and given["x"].shape[1] != 1):
+        refuse(op, "kernel", "0 or 1, or for T = 1 also 2 or 3", kernel)
+    dtype = _check_sparse_values(op, given, groups, rows, columns, stored)
+    units = {"x": rows if given.get("transposed") else columns, "g": rows}
+    positions = None
+    for name in ("x", "g"):
+        if name in given:
+            flow = given[name]
+            if flow.dim() != 3:
+                refuse(op, name, "3 dimensions [G, T, units]", flow)
+            dtype = dtype or accumulate_dtype(flow.dtype)
+            positions = flow.shape[1] if positions is None else positions
+            _check_tensor(op, name, flow, dtype, (groups, positions, units[name]), device)
+
+
+def _check_sparse_values(
+    op: str, given: Mapping[str, Any], groups: int, rows: int, columns: int, stored: int
+) -> torch.dtype | None:
+    """Checks values [stored or more], or a dense weight; returns A, where they say what it is."""
+    name = "values" if "values" in given else "dense"
+    if name not in given:
+        return None
+    values = given[name]
+    if values.dtype not in WEIGHT_DTYPES:
+        refuse(op, name, _FLOATS, values)
+    if name == "dense":
+        _check_tensor(op, name, values, values.dtype, (groups, rows, columns), given["layout"].device)
+    elif values.dim() != 1 or values.shape[0] < stored or values.device != given["layout"].device:
+        refuse(op, name, f"1 dimension of at least {stored} on {given['layout'].device}", values)
+    return accumulate_dtype(values.dtype)

@@ -1,0 +1,432 @@
+// Products with sparse weights, compiled for each instruction set.
+//
+// Positions lie in the lanes: an entry costs one broadcast and, per vector of positions, one
+// multiply-add with an operand from the panel. Columns are taken tile by tile, so that the part of
+// the panel that a tile needs stays in the cache while all rows of the block pass by.
+
+#include "ops/lane_shuffle.h"
+#include "ops/lane_sweep.h"
+#include "ops/sparse.h"
+
+namespace pathprune::PATHPRUNE_ISA {
+namespace {
+
+// Of a panel, per tile: what the second cache holds beside the entries.
+constexpr int64_t kTileBytes = 256 << 10;
+// Sums of a row stay in registers: of twelve vectors besides what is loaded, up to eight positions'
+// worth of sixteen.
+template <typename A>
+constexpr int kMostVectors = std::clamp(12 / Lanes<A>::kParts, 1, 8);
+
+// So much of a panel lies in the first cache; entries of a row in a tile that are too few, for the
+// branches that end them are not foreseen, are worth a tile of the second.
+constexpr int64_t kSmallTileBytes = 32 << 10;
+
+// Columns of a tile where one takes so many bytes of a panel: a power of two, so that in no tile an
+// index modulo 2^16 wraps.
+PP_INLINE int64_t tile_columns(const Pattern& w, const Rows& rows, int64_t column_bytes,
+                               int64_t least_entries) {
+  const int64_t first = w.flat_row(rows), count = rows.end - rows.begin;
+  const int64_t entries = w.row_start[first + count] - w.row_start[first];
+  int64_t columns = 64;
+  while (columns < kIndexedColumns) {
+    const int64_t bytes = 2 * columns * column_bytes;
+    const bool is_short = entries * columns < least_entries * count * w.columns;
+    if (bytes > (is_short ? kTileBytes : kSmallTileBytes)) break;
+    columns *= 2;
+  }
+  return columns;
+}
+
+constexpr int64_t whole_lanes(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
+
+// a * b + c
+template <typename A>
+PP_INLINE A fused_one(A a, A b, A c) {
+#if defined(__FMA__)
+  return sizeof(A) == 4 ? A(__builtin_fmaf(a, b, c)) : A(__builtin_fma(a, b, c));
+#else
+  return a * b + c;
+#endif
+}
+
+// Calls function<kVectors>() for the number of vectors.
+template <int kMost, typename Function>
+PP_INLINE void by_vectors(int vectors, const Function& function) {
+  if constexpr (kMost > 1) {
+    if (vectors < kMost) return by_vectors<kMost - 1>(vectors, function);
+  }
+  function.template operator()<kMost>();
+}
+
+// The entries of some rows of a pattern, tile after tile.
+class Entries {
+ public:
+  Entries(const Pattern& w, const Rows& rows, int64_t tile_columns, const void* values = nullptr)
+      : w_(w),
+        values_(values),
+        first_(w.flat_row(rows)),
+        count_(rows.end - rows.begin),
+        columns_(tile_columns) {
+    for (int64_t i = 0; i < count_; ++i) next_[i] = w.row_start[first_ + i];
+  }
+
+  // Calls visit(tile's first column, row of the block, entries begin .. end - 1).
+  template <typename Visit>
+  PP_INLINE void visit(const Visit& visit) {
+    for (int64_t column = 0; column < w_.columns; column += columns_) {
+      const bool is_last = column + columns_ >= w_.columns;
+      const int64_t words = columns_ / kLanes;
+      const uint16_t* layout = w_.layout + first_ * w_.words + column / kLanes;
+      for (int64_t i = 0; i < count_; ++i, layout += w_.words) {
+        const int64_t begin = next_[i];
+        const int64_t end =
+            is_last ? w_.row_start[first_ + i + 1] : begin + sweeping::count_bits(layout, words);
+        next_[i] = end;
+        if (values_) prefetch(i);
+        visit(column, i, begin, end);
+      }
+    }
+  }
+
+ private:
+  static constexpr int64_t kRowsAhead = 4, kValuesAhead = 24;
+
+  // The entries of a row in a tile are too few for the processor to foresee the next, and values in
+  // another order lie anywhere.
+  PP_INLINE void prefetch(int64_t i) const {
+    const int64_t entry = next_[std::min(i + kRowsAhead, count_ - 1)];
+    __builtin_prefetch(w_.index + entry);
+    __builtin_prefetch(w_.index + entry + 32);
+    const auto* words = static_cast<const int32_t*>(w_.order ? w_.order : values_);
+    for (int k = 0; k < 64; k += 16) __builtin_prefetch(words + entry + k);
+    if (!w_.order) return;
+    const int64_t begin = next_[std::min(i + 1, count_ - 1)];
+    const int64_t end = std::min(begin + kValuesAhead, w_.row_start[w_.groups * w_.rows]);
+    for (int64_t k = begin; k < end; ++k) {
+      __builtin_prefetch(static_cast<const int32_t*>(values_) + w_.order[k]);
+    }
+  }
+
+  const Pattern& w_;
+  const void* values_;
+  const int64_t first_, count_, columns_;
+  int64_t next_[kSparseRows];
+};
+
+// ---- values and panels --------------------------------------------------------------------------
+
+template <typename A>
+void map(const Weights& w, WeightMap f, int64_t begin, int64_t end, A* mapped) {
+  const AnyMap<A> map(f);
+  const A* values = mapped;
+  if (w.storage == Storage::kFloat32 || w.storage == Storage::kFloat64) {
+    values = static_cast<const A*>(w.values);
+  } else if constexpr (sizeof(A) == sizeof(float)) {
+    widen_values(w, begin, end - begin, mapped + begin);
+  }
+  int64_t i = begin;
+  for (; i + kLanes <= end; i += kLanes) store(mapped + i, map(load(values + i)));
+  if (i < end) {
+    A rest[kLanes];
+    store(rest, map(load_first(values + i, end - i)));
+    std::memcpy(mapped + i, rest, (end - i) * sizeof(A));
+  }
+}
+
+template <typename A>
+void pack(const Strided<const A>& x, int64_t positions, int64_t begin, int64_t end, int vectors,
+          A* panel) {
+  constexpr int kW = kWidth<A>;
+  const int64_t lanes = vectors * kLanes;
+  if (x.unit != 1) {
+    for (int64_t unit = begin; unit < end; ++unit) {
+      A* to = panel + unit * lanes;
+      const A* from = x.data + unit * x.unit;
+      if (x.position == 1) {
+        std::memcpy(to, from, positions * sizeof(A));
+      } else {
+        for (int64_t t = 0; t < positions; ++t) to[t] = from[t * x.position];
+      }
+      std::memset(to + positions, 0, (lanes - positions) * sizeof(A));
+    }
+    return;
+  }
+  for (int64_t t = 0; t < lanes; t += kW) {
+    for (int64_t unit = begin; unit < end; unit += kW) {
+      Vector<A> block[kW];
+#pragma GCC unroll 16
+      for (int i = 0; i < kW; ++i) {
+        const A* from = x.data + (t + i) * x.position + unit;
+        block[i] = t + i < positions ? load_vector(from, end - unit) : Vector<A>{};
+      }
+      transpose<A>(block);
+#pragma GCC unroll 16
+      for (int i = 0; i < kW; ++i) {
+        if (unit + i < end) store_vector(panel + (unit + i) * lanes + t, block[i]);
+      }
+    }
+  }
+}
+
+// Writes sums [rows, lanes] to y.
+template <typename A>
+void unpack(const A* sums, int64_t lanes, const Rows& rows, int64_t positions,
+            const Strided<A>& y) {
+  constexpr int kW = kWidth<A>;
+  const int64_t count = rows.end - rows.begin;
+  if (y.unit != 1) {
+    for (int64_t i = 0; i < count; ++i) {
+      A* to = y.data + (rows.begin + i) * y.unit;
+      for (int64_t t = 0; t < positions; ++t) to[t * y.position] = sums[i * lanes + t];
+    }
+    return;
+  }
+  for (int64_t i = 0; i < count; i += kW) {
+    for (int64_t t = 0; t < positions; t += kW) {
+      Vector<A> block[kW];
+#pragma GCC unroll 16
+      for (int j = 0; j < kW; ++j) block[j] = load_vector(sums + (i + j) * lanes + t);
+      transpose<A>(block);
+#pragma GCC unroll 16
+      for (int j = 0; j < kW; ++j) {
+        if (t + j >= positions) continue;
+        store_vector(y.data + (t + j) * y.position + rows.begin + i, block[j], count - i);
+      }
+    }
+  }
+}
+
+// ---- y = x w^T ----------------------------------------------------------------------------------
+
+// Adds to sum[kVectors * 16] those of one row's entries. Entries are summed in several chains where
+// the vectors alone would leave the arithmetic waiting for itself.
+template <typename A, int kVectors, bool kOrdered>
+PP_INLINE void add_entries(const Pattern& w, const A* values, const A* panel, int64_t begin,
+                           int64_t end, A* sum) {
+  constexpr int kParts = kVectors * Lanes<A>::kParts;
+  constexpr int kChains = kParts >= 4 ? 1 : kParts >= 2 ? 2 : 4;
+  Vector<A> sums[kChains][kParts] = {};
+  const auto add = [&](int64_t i, int chain) __attribute__((always_inline)) {
+    const Vector<A> value = values[kOrdered ? w.order[i] : i] - Vector<A>{};
+    const A* x = panel + w.index[i] * int64_t{kVectors * kLanes};
+#pragma GCC unroll 16
+    for (int p = 0; p < kParts; ++p) {
+      sums[chain][p] = fused<A>(value, load_vector(x + p * kWidth<A>), sums[chain][p]);
+    }
+  };
+  int64_t i = begin;
+  for (; i + kChains <= end; i += kChains) {
+#pragma GCC unroll 4
+    for (int chain = 0; chain < kChains; ++chain) add(i + chain, chain);
+  }
+  for (; i < end; ++i) add(i, 0);
+#pragma GCC unroll 16
+  for (int p = 0; p < kParts; ++p) {
+    Vector<A> total = load_vector(sum + p * kWidth<A>);
+#pragma GCC unroll 4
+    for (int chain = 0; chain < kChains; ++chain) total += sums[chain][p];
+    store_vector(sum + p * kWidth<A>, total);
+  }
+}
+
+template <typename A, int kVectors, bool kOrdered>
+void multiply_by(const Pattern& w, const Rows& rows, const A* values, const A* panel,
+                 int64_t positions, const Strided<A>& y) {
+  constexpr int64_t kPitch = kVectors * kLanes;
+  alignas(64) A sums[kSparseRows * kPitch];
+  std::memset(sums, 0, whole_lanes(rows.end - rows.begin) * kPitch * sizeof(A));
+  Entries entries(w, rows, tile_columns(w, rows, kPitch * sizeof(A), std::max(12, 48 / kVectors)),
+                  values);
+  entries.visit(
+      [&](int64_t column, int64_t i, int64_t begin, int64_t end) __attribute__((always_inline)) {
+        if (begin == end) return;
+        const A* base = panel + column / kIndexedColumns * kIndexedColumns * kPitch;
+        add_entries<A, kVectors, kOrdered>(w, values, base, begin, end, sums + i * kPitch);
+      });
+  unpack(sums, kPitch, rows, positions, y);
+}
+
+template <typename A>
+void multiply(const Pattern& w, const Rows& rows, const A* values, const A* panel, int vectors,
+              int64_t positions, const Strided<A>& y) {
+  by_vectors<kMostVectors<A>>(vectors, [&]<int kVectors>() {
+    if (w.order) {
+      multiply_by<A, kVectors, true>(w, rows, values, panel, positions, y);
+    } else {
+      multiply_by<A, kVectors, false>(w, rows, values, panel, positions, y);
+    }
+  });
+}
+
+// ---- the same for one position ------------------------------------------------------------------
+
+#if PP_AVX512
+template <bool kOrdered>
+PP_INLINE float gather_row(const Pattern& w, const float* values, const float* x, int64_t begin,
+                           int64_t end) {
+  __m512 sums[2] = {};
+  const auto add = [&](int64_t i, __mmask16 live, int k) __attribute__((always_inline)) {
+    const __m512 none = _mm512_setzero_ps();
+    const __m512i at = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(live, w.index + i));
+    __m512 value;
+    if constexpr (kOrdered) {
+      const __m512i order = _mm512_maskz_loadu_epi32(live, w.order + i);
+      value = _mm512_mask_i32gather_ps(none, live, order, values, 4);
+    } else {
+      value = _mm512_maskz_loadu_ps(live, values + i);
+    }
+    sums[k] = _mm512_fmadd_ps(value, _mm512_mask_i32gather_ps(none, live, at, x, 4), sums[k]);
+  };
+  int64_t i = begin;
+  for (; i + 32 <= end; i += 32) {
+    add(i, 0xFFFF, 0);
+    add(i + 16, 0xFFFF, 1);
+  }
+  for (; i < end; i += 16) add(i, static_cast<__mmask16>(first_lanes(end - i)), 0);
+  Lanes<float> total;
+  total.part[0] = sums[0] + sums[1];
+  return sum(total);
+}
+#endif
+
+template <bool kOrdered, typename A>
+PP_INLINE A gather_row(const Pattern& w, const A* values, const A* x, int64_t begin, int64_t end) {
+  constexpr int kChains = 8;
+  A sums[kChains] = {};
+  int64_t i = begin;
+  for (; i + kChains <= end; i += kChains) {
+#pragma GCC unroll 8
+    for (int k = 0; k < kChains; ++k) {
+      sums[k] = fused_one(values[kOrdered ? w.order[i + k] : i + k], x[w.index[i + k]], sums[k]);
+    }
+  }
+  for (int k = 0; i < end; ++i, ++k) {
+    sums[k] = fused_one(values[kOrdered ? w.order[i] : i], x[w.index[i]], sums[k]);
+  }
+  fold<kChains / 2>(sums);
+  return sums[0];
+}
+
+template <typename A>
+void gather(const Pattern& w, const Rows& rows, const A* values, const A* x, A* y) {
+  std::fill(y + rows.begin, y + rows.end, A(0));
+  Entries entries(w, rows, kIndexedColumns);
+  entries.visit(
+      [&](int64_t column, int64_t i, int64_t begin, int64_t end) __attribute__((always_inline)) {
+        y[rows.begin + i] += w.order ? gather_row<true>(w, values, x + column, begin, end)
+                                     : gather_row<false>(w, values, x + column, begin, end);
+      });
+}
+
+// x is padded to whole words. The last values are not read by the vector, for nothing may lie
+// behind them.
+template <typename A>
+void expand(const Pattern& w, const Rows& rows, const A* values, const A* x, A* y) {
+  const int64_t first = w.flat_row(rows), stored = w.row_start[w.groups * w.rows];
+  for (int64_t i = 0; i < rows.end - rows.begin; ++i) {
+    const int64_t begin = w.row_start[first + i], end = w.row_start[first + i + 1];
+    if (w.order || end + kLanes > stored) {
+      gather(w, Rows{rows.group, rows.begin + i, rows.begin + i + 1}, values, x, y);
+      continue;
+    }
+    constexpr int kChains = 4, kFloatsAhead = 1024;
+    Lanes<A> sums[kChains] = {};
+    const A* value = values + begin;
+    const uint16_t* layout = w.layout + (first + i) * w.words;
+    const auto add = [&](int64_t word, int chain) __attribute__((always_inline)) {
+      const Lanes<A> wide = pathprune::PATHPRUNE_ISA::expand(layout[word], value);
+      const Lanes<A> flow = load(x + word * kLanes);
+      for (int p = 0; p < Lanes<A>::kParts; ++p) {
+        sums[chain].part[p] = fused<A>(wide.part[p], flow.part[p], sums[chain].part[p]);
+      }
+      __builtin_prefetch(value + kFloatsAhead);
+      value += __builtin_popcount(layout[word]);
+    };
+    int64_t word = 0;
+    for (; word + kChains <= w.words; word += kChains) {
+#pragma GCC unroll 4
+      for (int chain = 0; chain < kChains; ++chain) add(word + chain, chain);
+    }
+    for (; word < w.words; ++word) add(word, 0);
+    y[rows.begin + i] = sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  }
+}
+
+// ---- x^T g at the entries -----------------------------------------------------------------------
+
+template <typename A, int kVectors>
+PP_INLINE void sample_row(const Pattern& w, const A* panel, const A* g, int64_t begin, int64_t end,
+                          bool add, A* sums) {
+  constexpr int kParts = kVectors * Lanes<A>::kParts, kW = kWidth<A>;
+  Vector<A> flow[kParts];
+#pragma GCC unroll 16
+  for (int p = 0; p < kParts; ++p) flow[p] = load_vector(g + p * kW);
+  for (int64_t i = begin; i < end; i += kW) {
+    const int64_t count = end - i;
+    const Vector<A> made = sum_crosswise<A>([&](int j) __attribute__((always_inline)) {
+      // Behind the last entry it is taken again: no branch, and nothing else to be read.
+      const A* x = panel + w.index[j < count ? i + j : end - 1] * int64_t{kVectors * kLanes};
+      Vector<A> product = flow[0] * load_vector(x);
+#pragma GCC unroll 16
+      for (int p = 1; p < kParts; ++p) {
+        product = fused<A>(flow[p], load_vector(x + p * kW), product);
+      }
+      return product;
+    });
+    store_vector(sums + i, add ? made + load_vector(sums + i, count) : made, count);
+  }
+}
+
+template <typename A>
+void sample(const Pattern& w, const Rows& rows, const A* x_panel, const A* g_panel, int vectors,
+            bool add, A* sums) {
+  by_vectors<kMostVectors<A>>(vectors, [&]<int kVectors>() {
+    constexpr int64_t kPitch = kVectors * kLanes;
+    Entries entries(w, rows, tile_columns(w, rows, kPitch * sizeof(A), 64));
+    entries.visit([&](int64_t column, int64_t i, int64_t begin,
+                      int64_t end) __attribute__((always_inline)) {
+      const A* base = x_panel + column / kIndexedColumns * kIndexedColumns * kPitch;
+      sample_row<A, kVectors>(w, base, g_panel + (rows.begin + i) * kPitch, begin, end, add, sums);
+    });
+  });
+}
+
+// ---- written out --------------------------------------------------------------------------------
+
+template <typename T>
+void scatter_values(const Pattern& w, const Rows& rows, const T* values, T* dense) {
+  dense += w.flat_row(rows) * w.columns;
+  std::memset(dense, 0, (rows.end - rows.begin) * w.columns * sizeof(T));
+  Entries entries(w, rows, kIndexedColumns);
+  entries.visit([&](int64_t column, int64_t i, int64_t begin, int64_t end)
+                    __attribute__((always_inline)) {
+                      T* row = dense + i * w.columns + column;
+                      for (int64_t k = begin; k < end; ++k) row[w.index[k]] = values[k];
+                    });
+}
+
+void scatter(const Pattern& w, const Rows& rows, int64_t size, const void* values, void* dense) {
+  if (size == 8) {
+    scatter_values(w, rows, static_cast<const uint64_t*>(values), static_cast<uint64_t*>(dense));
+  } else if (size == 4) {
+    scatter_values(w, rows, static_cast<const uint32_t*>(values), static_cast<uint32_t*>(dense));
+  } else {
+    scatter_values(w, rows, static_cast<const uint16_t*>(values), static_cast<uint16_t*>(dense));
+  }
+}
+
+// Without an instruction that expands there is no such share.
+constexpr double kExpandFrom = PP_AVX512 ? 0.15 : 2;
+
+}  // namespace
+
+template <typename A>
+SparseKernels<A> sparse_kernels() {
+  return {kMostVectors<A>, map<A>,      pack<A>,   multiply<A>, gather<A>,
+          expand<A>,       kExpandFrom, sample<A>, scatter};
+}
+template SparseKernels<float> sparse_kernels<float>();
+template SparseKernels<double> sparse_kernels<double>();
+
+}  // namespace pathprune::PATHPRUNE_ISA

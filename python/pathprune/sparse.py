@@ -1,0 +1,415 @@
+"""Layers that hold and compute a pruned network sparse.
+
+pp.sparsify(model, masks, optimizer=optimizer)     # layers swapped in place where measured to be faster
+print(model.sparsify_report)
+train(model, optimizer)                            # masked weights have no gradient and no state
+pp.densify(model, optimizer=optimizer)             # the original modules again, zeros written out
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .checks import accumulate_dtype, refuse
+from .masked import PackedMask, expected_speedup, masked_matmul, pack_mask, unpack_layout
+from .masks import Masks
+from .sparse_ops import KERNELS, Pattern, sparse_matmul
+from .tables import percent, table
+
+__all__ = [
+    "SparseConv2d",
+    "SparseLinear",
+    "SparsifyReport",
+    "densify",
+    "load_sparse",
+    "save_sparse",
+    "sparsify",
+]
+
+BATCHES = (1, 32, 256)  # what `sparsify` looks at where no batch is given
+# A convolution as a matrix product has its patches to write out and its results to turn, and competes with
+# kernels that have not: of a gain in the product so many times the size is wanted (measured, 1x1 and others).
+POINTWISE_HANDICAP, PATCH_HANDICAP = 2.0, 8.0
+PATCH_BYTES = 64 << 20  # of patches written out at once
+
+
+def _groups_of(layer: Any) -> int:
+    return int(getattr(layer, "groups", 1))
+
+
+def _handicap(layer: nn.Module) -> float:
+    if not isinstance(layer, nn.Conv2d):
+        return 1.0
+    return POINTWISE_HANDICAP if layer.kernel_size == (1, 1) else PATCH_HANDICAP
+
+
+class _Sparse(nn.Module):
+    """What the sparse layers share: the values as `weight` [stored], the mask's bits as the buffer `layout`.
+
+    `layout` is saved with the values; what else the kernels need is made from it.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    layout: Tensor
+    column_index: Tensor
+
+    _dense: list[Any]
+
+    def __init__(self, dense: Any, mask: Tensor) -> None:
+        super().__init__()
+        self._dense = [dense]  # in a list, so that it is no submodule
+        weight = dense.weight
+        if not isinstance(weight, nn.Parameter) or mask.shape != weight.shape:
+            refuse(type(self).__name__, "mask", f"bool {list(weight.shape)}", mask)
+        self._shape = weight.shape
+        groups = _groups_of(dense)
+        packed = pack_mask(mask.to(weight.device).reshape(groups, weight.shape[0] // groups, -1))
+        values = packed.gather(weight.detach())
+        weight.data, weight.grad = values, None  # the same parameter, which optimizers and ties may hold
+        self.weight = weight
+        self.register_parameter("bias", dense.bias)
+        self._adopt(packed)
+        self.train(dense.training)
+
+    def _adopt(self, mask: PackedMask) -> None:
+        for name, value in mask.pattern._asdict().items():
+            if name != "columns":
+                self.register_buffer(name, value, persistent=name == "layout")
+        self._columns = mask.in_features
+        self._mask: PackedMask | None = None
+
+    @property
+    def mask(self) -> PackedMask:
+        """The mask, packed."""
+        if torch.compiler.is_compiling():
+            return PackedMask(self._pattern())
+        if self._mask is None or self._mask.pattern.layout is not self.layout:  # moved or loaded
+            self._mask = PackedMask(self._pattern())
+        return self._mask
+
+    def _pattern(self) -> Pattern:
+        tensors: dict[str, Any] = {name: getattr(self, name) for name in Pattern._fields[:-1]}
+        return Pattern(**tensors, columns=self._columns)
+
+    @property
+    def density(self) -> float:
+        return self.weight.numel() / max(1, math.prod(self._shape))
+
+    def dense_weight(self) -> Tensor:
+        """The weight with its zeros written out, in the shape of the original. Differentiable."""
+        return self.mask.scatter(self.weight).reshape(self._shape)
+
+    def _load_from_state_dict(self, state: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        layout = state.get(prefix + "layout")
+        if (
+            layout is not None
+            and layout.shape == self.layout.shape
+            and not torch.equal(layout.to(self.layout), self.layout)
+        ):
+            self._adopt(unpack_layout(layout.to(self.layout.device), self._columns))
+            self.weight.data = self.weight.new_zeros(self.column_index.shape[0])
+        super()._load_from_state_dict(state, prefix, *rest)
+
+    def _restored(self) -> nn.Module:
+        """The original module, with its parameters as they are now."""
+        dense = self._dense[0]
+        self.weight.data = self.dense_weight().detach()
+        self.weight.grad = None
+        dense.weight, dense.bias = self.weight, self.bias  # a copy of this layer has parameters of its own
+        return dense.train(self.training)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{list(self._shape)}, {self.weight.numel()} kept, density {self.density:.4g}, bias={self.bias is not None}"
+        )
+
+
+class SparseLinear(_Sparse):
+    """`nn.Linear` with a mask, its values packed. The kernel is chosen at each call by the measured table.
+
+    Args:
+        dense: the layer to take over; its weight parameter becomes that of this layer, [stored] long.
+        mask: bool [out, in]; what it drops is lost.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return masked_matmul(x, self.weight, self.mask, self.bias)
+
+
+class SparseConv2d(_Sparse):
+    """`nn.Conv2d` with a mask: a product with the patches; 1x1 kernels have none to write out.
+
+    Args:
+        dense: the layer to take over, of any stride, padding, dilation and groups.
+        mask: bool [out, in / groups, height, width].
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        dense = self._dense[0]
+        batched = x if x.dim() == 4 else x[None]
+        kernel: Sequence[int] = self._shape[2:]
+        mode = "constant" if dense.padding_mode == "zeros" else dense.padding_mode
+        padded = F.pad(batched, dense._reversed_padding_repeated_twice, mode)
+        height, width = (
+            (size - dilation * (k - 1) - 1) // stride + 1
+            for size, dilation, k, stride in zip(padded.shape[2:], dense.dilation, kernel, dense.stride, strict=True)
+        )
+        if self._takes_dense(len(batched) * height * width):
+            weight, bias = self.dense_weight().to(x.dtype), self.bias
+            y = F.conv2d(padded, weight, bias, dense.stride, 0, dense.dilation, dense.groups)
+            return y if x.dim() == 4 else y[0]
+        patch_bytes = 4 * height * width * dense.in_channels * math.prod(kernel)
+        images = max(1, PATCH_BYTES // max(1, patch_bytes))
+        made = [self._of_patches(self._patches(part), height, width) for part in padded.split(images)]
+        y = torch.cat(made) if len(made) != 1 else made[0]
+        y = y.to(x.dtype)
+        if self.bias is not None:
+            y = y + self.bias[:, None, None]
+        return y if x.dim() == 4 else y[0]
+
+    def _takes_dense(self, positions: int) -> bool:
+        mask = self.mask
+        training = torch.is_grad_enabled() and self.weight.requires_grad
+        return mask.expected_speedup(positions, training=training) < _handicap(self._dense[0])
+
+    def _patches(self, x: Tensor) -> Tensor:
+        """[images, in * height * width of the kernel, positions]"""
+        dense = self._dense[0]
+        if tuple(self._shape[2:]) == (1, 1):
+            return x[:, :, :: dense.stride[0], :: dense.stride[1]].flatten(2)
+        return F.unfold(x, self._shape[2:], dense.dilation, 0, dense.stride)
+
+    def _of_patches(self, patches: Tensor, height: int, width: int) -> Tensor:
+        """[images, out, height, width]"""
+        groups, images, positions = self._dense[0].groups, patches.shape[0], height * width
+        kind = accumulate_dtype(self.weight.dtype)
+        flow = patches.to(kind).view(images, groups, self._columns, positions)
+        flow = flow.permute(1, 2, 0, 3).reshape(groups, self._columns, images * positions).mT
+        y = sparse_matmul(self.weight, flow, self._pattern(), kernel=KERNELS["lanes"])
+        rows = y.shape[2]
+        y = y.view(groups, images, positions, rows).permute(1, 0, 3, 2)
+        return y.reshape(images, groups * rows, height, width)
+
+
+# ---- swapping ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Swap:
+    """What became of one layer.
+
+    Attributes:
+        name: of its weight.
+        swapped: whether it is sparse now.
+        reason: why, or why not.
+        density: share of its weights that are kept.
+        speedup: over the dense layer, by the measured table, forward, at each batch looked at.
+        dense_bytes, packed_bytes: of the weight; of the values and the mask's bits, as they are saved.
+    """
+
+    name: str
+    swapped: bool
+    reason: str
+    density: float
+    speedup: dict[int, float]
+    dense_bytes: int
+    packed_bytes: int
+
+
+class SparsifyReport(tuple[Swap, ...]):
+    """One `Swap` for each layer that has a mask."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        batches = sorted({batch for swap in self for batch in swap.speedup})
+        head = ["layer", "kept", *(f"x at {batch}" for batch in batches), "MB", "packed", "now"]
+        rows = [
+            [
+                swap.name,
+                percent(swap.density),
+                *(f"{swap.speedup[b]:.2g}" if b in swap.speedup else "-" for b in batches),
+                f"{swap.dense_bytes / 1e6:.3g}",
+                f"{swap.packed_bytes / 1e6:.3g}",
+                "sparse" if swap.swapped else swap.reason,
+            ]
+            for swap in self
+        ]
+        return table(head, rows)
+
+
+def sparsify(
+    model: nn.Module,
+    masks: Masks | Mapping[str, Tensor],
+    *,
+    batch: int | None = None,
+    min_speedup: float = 1.0,
+    prefer: Literal["faster", "smaller"] = "faster",
+    optimizer: torch.optim.Optimizer | None = None,
+) -> nn.Module:
+    """Swaps layers for sparse ones, in place, where the measured table says that they are faster.
+
+    The weight of a swapped layer stays the same parameter, [stored] long: an optimizer that holds it keeps
+    doing so. What the mask drops becomes zero, as by `Masks.apply_`. `model.sparsify_report` says what was done.
+
+    Args:
+        masks: parameter name -> bool mask.
+        batch: rows of x that are expected; for convolutions, images times positions. None: a layer is swapped
+            where it is faster at any of 1, 32, 256.
+        min_speedup: over the dense layer, forward, that is asked for.
+        prefer: "smaller" swaps wherever values and bits take less room than the weight.
+        optimizer: its state for the swapped weights (momentum and the like) is packed as well.
+
+    Returns:
+        model.
+
+    Raises:
+        ValueError: a name without a parameter, or a mask of another shape.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    holders: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            holders[id(parameter)] = holders.get(id(parameter), 0) + 1
+    swaps, batches = [], BATCHES if batch is None else (batch,)
+    for name, mask in masks.items():
+        if name not in parameters:
+            refuse("sparsify", "masks", "names of parameters", name)
+        path, weight = name.rpartition(".")[0], parameters[name]
+        if mask.shape != weight.shape:
+            refuse("sparsify", f"masks[{name!r}]", f"shape {list(weight.shape)}", mask)
+        swap = _judge(name, model.get_submodule(path), mask, batches, min_speedup, prefer, holders[id(weight)])
+        swaps.append(swap)
+        if swap.swapped:
+            _swap(model, path, mask, optimizer)
+    model.sparsify_report = SparsifyReport(swaps)  # type: ignore[assignment]
+    return model
+
+
+def _judge(
+    name: str, layer: nn.Module, mask: Tensor, batches: Sequence[int], least: float, prefer: str, holders: int
+) -> Swap:
+    kept, total = int(mask.sum()), max(1, mask.numel())
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    dense_bytes = weight.numel() * weight.element_size()
+    columns = max(1, mask[0].numel()) if len(mask) else 1
+    packed_bytes = kept * weight.element_size() + len(mask) * -(-columns // 16) * 2
+    groups = _groups_of(layer)
+    handicap = _handicap(layer)
+    rows = len(mask) // groups
+    speedup = {b: expected_speedup(rows, columns, kept / total, b) / handicap for b in batches}
+    swapped = False
+    if type(layer) not in _LAYERS or name.rpartition(".")[2] != "weight":
+        reason = f"{type(layer).__name__}: no sparse layer"
+    elif holders > 1:
+        reason = "its weight is shared"
+    elif prefer == "smaller":
+        swapped = packed_bytes < dense_bytes
+        reason = "smaller" if swapped else "not smaller"
+    else:
+        swapped = max(speedup.values()) >= least
+        reason = "faster" if swapped else "not faster"
+    return Swap(name, swapped, reason, kept / total, speedup, dense_bytes, packed_bytes)
+
+
+_LAYERS: dict[type[nn.Module], type[_Sparse]] = {nn.Linear: SparseLinear, nn.Conv2d: SparseConv2d}
+
+
+def _swap(model: nn.Module, path: str, mask: Tensor, optimizer: torch.optim.Optimizer | None) -> None:
+    dense: Any = model.get_submodule(path)
+    shape = dense.weight.shape
+    sparse = _LAYERS[type(dense)](dense, mask)
+    packed = sparse.mask
+    _convert_state(optimizer, sparse.weight, shape, packed.gather)
+    _replace(model, dense, sparse)
+
+
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Wherever the model has it: a layer may be used in several places."""
+    for module in list(model.modules()):
+        for name, child in module._modules.items():
+            if child is old:
+                module._modules[name] = new
+
+
+def _convert_state(
+    optimizer: torch.optim.Optimizer | None, weight: nn.Parameter, shape: Sequence[int], convert: Any
+) -> None:
+    """Converts what the optimizer keeps in the shape of a weight."""
+    if optimizer is None:
+        return
+    state = optimizer.state.get(weight, {})
+    for key, value in state.items():
+        if isinstance(value, Tensor) and value.shape == torch.Size(shape):
+            state[key] = convert(value)
+
+
+def _sparse_layers(model: nn.Module) -> Iterator[_Sparse]:
+    return iter([module for module in model.modules() if isinstance(module, _Sparse)])
+
+
+def densify(model: nn.Module, *, optimizer: torch.optim.Optimizer | None = None) -> nn.Module:
+    """Gives the original modules back: the same objects, their parameters as they are now, zeros written out.
+
+    Args:
+        optimizer: its state for the weights is written out as well.
+
+    Returns:
+        model.
+    """
+    for layer in _sparse_layers(model):
+        packed, stored, shape = layer.mask, layer.weight.shape, layer._shape
+
+        def written_out(state: Tensor, packed: PackedMask = packed, shape: torch.Size = shape) -> Tensor:
+            return packed.scatter(state).reshape(shape)
+
+        dense = layer._restored()
+        _convert_state(optimizer, layer.weight, stored, written_out)
+        _replace(model, layer, dense)
+    if hasattr(model, "sparsify_report"):
+        del model.sparsify_report
+    return model
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+def save_sparse(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Writes the state of a sparsified model to a safetensors file, at its packed size."""
+    state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(state, path, {"format": "pt", "pathprune": "sparse"})
+
+
+def load_sparse(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
+    """Reads what `save_sparse` wrote into a model of the same architecture; its layers become sparse as saved.
+
+    Returns:
+        model.
+
+    Raises:
+        RuntimeError: the file is of another architecture.
+    """
+    state = load_file(path)
+    for key, layout in state.items():
+        name, _, last = key.rpartition(".")
+        if last != "layout" or isinstance(layer := model.get_submodule(name), _Sparse):
+            continue
+        if type(layer) not in _LAYERS:
+            refuse("load_sparse", name, "a Linear or Conv2d layer", type(layer).__name__)
+        assert isinstance(layer.weight, Tensor)
+        columns = layer.weight[0].numel()
+        bits = unpack_layout(layout, columns).bits().reshape(layer.weight.shape)
+        _swap(model, name, bits, None)
+    model.load_state_dict(state)
+    return model

@@ -1,0 +1,274 @@
+"""The ops on sparse weights: schemas, fake kernels, autograd and typed wrappers.
+
+Letters as in `ops.py`: G groups, O rows, K columns, T positions, W = ceil(K / 16) mask words, A = float64 for
+float64 weights and float32 for all others. A sparse weight is its stored values and a pattern:
+
+* `values`: [stored] or longer (a packed weight of `ops.compact_weight` has padding behind), float32, float64,
+  bfloat16 or float16: row by row, columns ascending.
+* `layout` [G, O, W] int16, `row_start` [G * O + 1] int64, `columns`: where they lie, as for packed weights.
+* `index` [stored] int16: the column of each entry modulo 2^16, as an unsigned number.
+* `layout_t` [G, K, ceil(O / 16)] int16, `row_start_t` [G * K + 1] int64, `index_t` [stored] int16: the same of
+  the transpose; `order` [stored] int32: which value each of its entries has. None is allowed where nothing is
+  transposed and no gradient is asked for.
+
+`sparse_index` makes the last five of the first two, once per mask. On the CPU every sum is formed in an order
+that depends on the pattern and the shapes alone: results are the same for any number of threads, but not
+between instruction sets. `sparse_reference.py` serves wherever the binary has no kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import sparse_reference
+from .checks import check_arguments
+from .ops import _LIBRARY
+from .reference import WeightMap, map_slope
+
+__all__ = [
+    "KERNELS",
+    "Pattern",
+    "sparse_gather",
+    "sparse_index",
+    "sparse_matmul",
+    "sparse_sample",
+    "sparse_scatter",
+]
+
+KERNELS = {"auto": 0, "lanes": 1, "gather": 2, "expand": 3}  # of sparse_matmul; the last two for T = 1
+
+_ROWS = "Tensor layout, Tensor row_start, Tensor index"
+_BOTH = f"{_ROWS}, Tensor? layout_t, Tensor? row_start_t, Tensor? index_t, Tensor? order, int columns"
+
+SCHEMAS: dict[str, str] = {
+    "sparse_index": "(Tensor layout, Tensor row_start, int columns) -> (Tensor index, Tensor layout_t,"
+    " Tensor row_start_t, Tensor index_t, Tensor order)",
+    "sparse_matmul": f"(Tensor values, Tensor x, int f, bool transposed, int kernel, {_BOTH}) -> Tensor",
+    "sparse_sample": f"(Tensor x, Tensor g, {_BOTH}) -> Tensor",
+    "sparse_gather": f"(Tensor dense, {_ROWS}, int columns) -> Tensor",
+    "sparse_scatter": f"(Tensor values, {_ROWS}, int columns) -> Tensor",
+}
+
+for _name, _schema in SCHEMAS.items():
+    _LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(_name, torch.no_grad()(getattr(sparse_reference, _name)), "CompositeExplicitAutograd")
+
+_OPS = {name: getattr(torch.ops.pathprune, name).default for name in SCHEMAS}
+_NAMES = {name: tuple(argument.name for argument in op._schema.arguments) for name, op in _OPS.items()}
+
+
+class Pattern(NamedTuple):
+    """Where a sparse weight has its entries: the arguments of all ops, in their order.
+
+    `column_index` and `row_index` are `index` and `index_t`; a tuple has an `index` of its own.
+    """
+
+    layout: Tensor
+    row_start: Tensor
+    column_index: Tensor
+    layout_t: Tensor | None
+    row_start_t: Tensor | None
+    row_index: Tensor | None
+    order: Tensor | None
+    columns: int
+
+    @property
+    def rows(self) -> tuple[Tensor, Tensor, Tensor, int]:
+        """What says where the rows lie, without the transpose."""
+        return self.layout, self.row_start, self.column_index, self.columns
+
+
+# ---- fake kernels: the shapes and dtypes of the results ------------------------------------------
+
+
+def _fake_index(layout: Tensor, row_start: Tensor, columns: int) -> tuple[Tensor, ...]:
+    stored = torch.library.get_ctx().new_dynamic_size()
+    groups, rows = layout.shape[:2]
+    words_t = (rows + 15) // 16
+    return (
+        layout.new_empty(stored),
+        layout.new_empty((groups, columns, words_t)),
+        row_start.new_empty(groups * columns + 1),
+        layout.new_empty(stored),
+        layout.new_empty(stored, dtype=torch.int32),
+    )
+
+
+def _fake_matmul(
+    values: Tensor, x: Tensor, f: int, transposed: bool, kernel: int, layout: Tensor, *rest: Any
+) -> Tensor:
+    columns = rest[-1]
+    return x.new_empty((*x.shape[:2], columns if transposed else layout.shape[1]))
+
+
+_FAKES: dict[str, Callable[..., Any]] = {
+    "sparse_index": _fake_index,
+    "sparse_matmul": _fake_matmul,
+    "sparse_sample": lambda x, g, layout, row_start, index, *rest: x.new_empty(index.shape[0]),
+    "sparse_gather": lambda dense, layout, row_start, index, columns: dense.new_empty(index.shape[0]),
+    "sparse_scatter": lambda values, layout, row_start, index, columns: values.new_empty((*layout.shape[:2], columns)),
+}
+for _name, _fake in _FAKES.items():
+    torch.library.register_fake(f"pathprune::{_name}", _fake, lib=_LIBRARY)
+
+
+# ---- autograd: each backward is built of the same ops, so it can be differentiated again -----------
+
+
+def _keep(ctx: Any, count: int, values: tuple[Any, ...], pattern: tuple[Any, ...]) -> None:
+    """Saves tensors and, behind them, the pattern."""
+    *tensors, ctx.columns = pattern
+    ctx.count = count
+    ctx.save_for_backward(*values, *tensors)
+
+
+def _kept(ctx: Any) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+    saved = ctx.saved_tensors
+    return saved[: ctx.count], (*saved[ctx.count :], ctx.columns)
+
+
+def _padded_to(grad: Tensor, values: Tensor) -> Tensor:
+    """The gradient of the stored values, with zeros for what lies behind them."""
+    missing = values.shape[0] - grad.shape[0]
+    return torch.cat((grad, grad.new_zeros(missing))) if missing else grad
+
+
+def _save_matmul(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    values, x, ctx.f, ctx.transposed, _, *pattern = inputs
+    _keep(ctx, 2, (values, x), tuple(pattern))
+
+
+def _matmul_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (values, x), pattern = _kept(ctx)
+    grad_values = grad_x = None
+    if ctx.needs_input_grad[0]:
+        at_columns, at_rows = (grad, x) if ctx.transposed else (x, grad)  # [G, T, K], [G, T, O]
+        grad_values = _padded_to(_OPS["sparse_sample"](at_columns, at_rows, *pattern), values)
+        if ctx.f != WeightMap.IDENTITY:
+            grad_values = grad_values * map_slope(values, ctx.f)
+        grad_values = grad_values.to(values.dtype)
+    if ctx.needs_input_grad[1]:
+        grad_x = _OPS["sparse_matmul"](values, grad, ctx.f, not ctx.transposed, 0, *pattern)
+    return grad_values, grad_x, *[None] * (len(_NAMES["sparse_matmul"]) - 2)
+
+
+def _save_sample(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, g, *pattern = inputs
+    _keep(ctx, 2, (x, g), tuple(pattern))
+
+
+def _sample_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (x, g), pattern = _kept(ctx)
+    identity = (int(WeightMap.IDENTITY),)
+    grad_x = grad_g = None
+    if ctx.needs_input_grad[0]:
+        grad_x = _OPS["sparse_matmul"](grad, g, *identity, True, 0, *pattern)
+    if ctx.needs_input_grad[1]:
+        grad_g = _OPS["sparse_matmul"](grad, x, *identity, False, 0, *pattern)
+    return grad_x, grad_g, *[None] * (len(_NAMES["sparse_sample"]) - 2)
+
+
+def _save_gather(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _keep(ctx, 0, (), inputs[1:])
+
+
+def _gather_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return _OPS["sparse_scatter"](grad, *_kept(ctx)[1]), None, None, None, None
+
+
+def _save_scatter(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _keep(ctx, 1, inputs[:1], inputs[1:])
+
+
+def _scatter_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (values,), pattern = _kept(ctx)
+    return _padded_to(_OPS["sparse_gather"](grad, *pattern), values), None, None, None, None
+
+
+_BACKWARDS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "sparse_matmul": (_matmul_backward, _save_matmul),
+    "sparse_sample": (_sample_backward, _save_sample),
+    "sparse_gather": (_gather_backward, _save_gather),
+    "sparse_scatter": (_scatter_backward, _save_scatter),
+}
+for _name, (_backward, _save) in _BACKWARDS.items():
+    torch.library.register_autograd(f"pathprune::{_name}", _backward, setup_context=_save, lib=_LIBRARY)
+_LIBRARY.impl("sparse_index", torch.library.fallthrough_kernel, "Autograd")
+
+
+# ---- wrappers ------------------------------------------------------------------------------------
+
+
+def _call(name: str, *values: Any) -> Any:
+    """Calls the op, without torch's autograd in Python, which takes longer than small products, if it may.
+
+    The kernels check the arguments; what they refuse is checked again for the words of the error.
+    """
+    if torch.compiler.is_compiling():
+        return _OPS[name](*values)
+    try:
+        if torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in values[:2]):
+            return _OPS[name](*values)
+        with torch._C._AutoDispatchBelowAutograd():
+            return _OPS[name](*values)
+    except RuntimeError:
+        check_arguments(name, dict(zip(_NAMES[name], values, strict=True)))
+        raise
+
+
+def sparse_index(layout: Tensor, row_start: Tensor, columns: int) -> Pattern:
+    """The pattern of a layout and of its transpose.
+
+    Args:
+        layout: [G, O, W] int16, and row_start: [G * O + 1] int64, as `ops.compact_weight` made them.
+
+    Raises:
+        ValueError: row_start does not tell of as many entries as layout has, or of more than 2^31 - 1.
+    """
+    index, layout_t, row_start_t, index_t, order = _call("sparse_index", layout, row_start, columns)
+    return Pattern(layout, row_start, index, layout_t, row_start_t, index_t, order, columns)
+
+
+def sparse_matmul(
+    values: Tensor,
+    x: Tensor,
+    pattern: Pattern,
+    f: int = WeightMap.IDENTITY,
+    transposed: bool = False,
+    kernel: int = 0,
+) -> Tensor:
+    """y_tr = sum_c f(w_rc) x_tc over the entries. Differentiable, twice and more, in `values` and `x`.
+
+    Args:
+        x: [G, T, K] in A, any strides (positions or units may be the ones that lie side by side);
+            transposed: [G, T, O].
+        transposed: sum over the rows, y_tc = sum_r f(w_rc) x_tr.
+        kernel: one of KERNELS; 0 chooses.
+
+    Returns:
+        [G, T, O] in A; transposed: [G, T, K].
+    """
+    return _call("sparse_matmul", values, x, int(f), transposed, kernel, *pattern)
+
+
+def sparse_sample(x: Tensor, g: Tensor, pattern: Pattern) -> Tensor:
+    """[stored] in A: sum_t g_tr x_tc at every entry (r, c), and nowhere else. Differentiable in both.
+
+    Args:
+        x: [G, T, K] in A; g: [G, T, O] in A; any strides.
+    """
+    return _call("sparse_sample", x, g, *pattern)
+
+
+def sparse_gather(dense: Tensor, pattern: Pattern) -> Tensor:
+    """[stored]: the weights [G, O, K] at the entries, in their dtype. Its gradient is `sparse_scatter`."""
+    return _call("sparse_gather", dense, *pattern.rows)
+
+
+def sparse_scatter(values: Tensor, pattern: Pattern) -> Tensor:
+    """[G, O, K]: the values at the entries, zeros elsewhere. Its gradient is `sparse_gather`."""
+    return _call("sparse_scatter", values, *pattern.rows)
