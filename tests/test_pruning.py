@@ -476,3 +476,27 @@ def test_half_precision_weights():
     masks = pp.prune(model, pp.SynFlow(rounds=10), density=0.1, example_input=torch.ones(1, 48, dtype=torch.bfloat16))
     wide = pp.prune(copy.deepcopy(model).float(), pp.SynFlow(rounds=10), density=0.1, example_input=torch.ones(1, 48))
     assert masks == wide
+
+
+@pytest.mark.parametrize("variant", ["conservative", "phew"])
+def test_products_over_the_weights_that_are_left_give_the_same_masks(variant, monkeypatch):
+    """In float64, where rounding decides nothing: packed after every cut, or dense to the end."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1, groups=2), nn.Flatten(),
+        nn.Linear(32 * 36, 20), nn.ReLU(), nn.Linear(20, 10)
+    ).double()  # fmt: skip
+    network = pp.PathNetwork.from_module(model, torch.ones(1, 2, 6, 6).double())
+    used = []
+    monkeypatch.setattr(
+        "pathprune.weights.sparse_index", lambda *a, made=weights.sparse_index: used.append(1) or made(*a)
+    )
+    for pruner in (pp.SynFlow(rounds=12), pp.SynFlowL2(rounds=12, variant=variant)):
+        packed = pp.prune(network, pruner, density=[0.1, 0.02])
+        count = len(used)
+        assert count > 0
+        dense = pp.prune(network, pruner, density=[0.1, 0.02], compact=False)
+        assert len(used) == count
+        used.clear()
+        for a, b in zip(packed, dense, strict=True):
+            assert all(torch.equal(a[name], b[name]) for name in a)

@@ -164,6 +164,7 @@ def _counting(weight: Weight, node: Synapse) -> Weight:
     counting = copy.copy(weight)
     counting.f = counting.s = WeightMap.ONE
     counting.scored, counting.form = True, node.form
+    counting.stay_dense()
     counting.forget()
     return counting
 

@@ -6,7 +6,8 @@ Two ways through a weight tensor:
   reads them twice and writes one bit each. The cut of the last round is applied in the next forward read, by making
   the last round's scores again from the flows it kept.
 * **written out** (convolutions, many positions): torch's own products on ``f(w) * mask``, and one score tensor that
-  lives from scoring until its cut.
+  lives from scoring until its cut. Once the mask has thinned, matrix products go over the weights that are left alone
+  (``sparse_ops``), packed anew after every cut, and so do the scores.
 """
 
 from __future__ import annotations
@@ -20,8 +21,13 @@ from . import ops
 from ._mask_io import pack_bits
 from .nodes import Synapse
 from .ops import WeightMap
+from .reference import map_weight
 from .select import Bracket, Collected, Scores, Threshold
+from .sparse_ops import Pattern, sparse_index, sparse_matmul, sparse_sample
 
+# Nanoseconds a weight: f(w) * mask and three products of T positions; and, a weight that is left, packing, its index
+# and three sparse products. Only their ratio counts: below which density sparse products pay.
+_DENSE_COST, _DENSE_POSITION, _SPARSE_COST, _SPARSE_POSITION = 1.0, 0.06, 10.0, 0.12
 STREAMED_POSITIONS = 8  # positions up to which making products on the fly beats writing f(w) out
 
 
@@ -97,6 +103,7 @@ class Weight:
         self.exponents = torch.zeros(self.members, dtype=torch.int64)  # of the written scores, one per member
         self._scratch = scratch or Scratch()
         self._effective: Tensor | None = None
+        self._pattern: Pattern | None = None  # of the packed values, as long as they are exactly those left
         self._scores: Scores | None = None
         self._collected: Collected | None = None
         self._cut: tuple[Threshold, int] | None = None
@@ -137,6 +144,9 @@ class Weight:
         ``turned``: this use of a tied weight reads it the other way round than the first.
         """
         if not self.streams(x.shape[1]):
+            pattern = self._sparse(x)
+            if pattern is not None:
+                return sparse_matmul(self._stored(), x, pattern, self.f, self.transposed)
             effective = self.effective().reshape(self.groups, -1, self.columns)
             return _product(x, effective if self.transposed != turned else effective.transpose(1, 2))
         waiting, kept = self._cut, self._scores
@@ -161,6 +171,8 @@ class Weight:
 
     def backward_rows(self, x: Scaled, g: Scaled, guess: Bracket | None, score: bool, turned: bool = False) -> Tensor:
         """[G, T, out] -> [G, T, in]; with ``score``, makes the scores, counting against ``guess`` on the way."""
+        if self._pattern is not None:
+            return self._sparse_backward(x, g, self._pattern, score)
         if not self.streams(x.tensor.shape[1]):
             effective, transposed = (
                 self.effective().reshape(self.groups, -1, self.columns),
@@ -194,6 +206,38 @@ class Weight:
             return inward
         onward = (source.weight, self.mask, g.tensor, self.f, not self.transposed)
         return ops.path_flow_linear(*onward, **source.packing())  # type: ignore[arg-type]
+
+    def _sparse(self, x: Tensor) -> Pattern | None:
+        """Where the weights that are left lie, if products over them alone pay; packs them after a cut."""
+        self.settle()
+        if self._pattern is not None or self.mask is None or self._pack_below == 0 or self.mask.device.type != "cpu":
+            return self._pattern
+        if self.uses > 1 or self.members > 1:
+            return None
+        if self.packed is None:
+            positions = x.shape[1]
+            pays = (_DENSE_COST + _DENSE_POSITION * positions) / (_SPARSE_COST + _SPARSE_POSITION * positions)
+            if int(ops.mask_count(self.mask)) >= min(self._pack_below, pays * self.shape.numel()):
+                return None
+        values, row_start = ops.compact_weight(self._stored(), self.mask, **self._packing())  # type: ignore[arg-type]
+        layout = self.mask.clone()
+        self.packed = (values, layout, row_start)
+        self._pattern = sparse_index(layout, row_start, self.columns)
+        return self._pattern
+
+    def _sparse_backward(self, x: Scaled, g: Scaled, pattern: Pattern, score: bool) -> Tensor:
+        values = self._stored()
+        inward = sparse_matmul(values, g.tensor, pattern, self.f, not self.transposed)
+        if score and self.scored:
+            at_columns, at_rows = (g, x) if self.transposed else (x, g)
+            sums = sparse_sample(at_columns.tensor, at_rows.tensor, pattern)
+            scores = map_weight(values.to(sums.dtype), self.s)  # with the padding of a packed weight
+            scores[: len(sums)] *= sums
+            self.exponents = x.exponent + g.exponent
+            made = Scores(self.name, scores, self.columns, self.mask, exponent=int(self.exponents))
+            self._scores = replace(made, layout=pattern.layout, row_start=pattern.row_start)
+            self._collected = None
+        return inward
 
     def write_scores(self, gradient: Tensor, exponent: Tensor) -> None:
         """Scores from the gradient of R with respect to f(w), ``[E, *shape]``; uses of a tied weight add up."""
@@ -246,7 +290,7 @@ class Weight:
     def written_scores(self) -> Scores:
         """The scores as a tensor [G, O, K]."""
         made = self.scores
-        if made.x is None and made.s == WeightMap.IDENTITY:
+        if made.x is None and made.s == WeightMap.IDENTITY and made.layout is None:
             return made
         parts = (made.weight, made.mask, made.x, made.g, made.s)
         return Scores(
@@ -269,7 +313,7 @@ class Weight:
         """Applies a waiting cut now."""
         if self._cut is not None:
             threshold, position = self._cut
-            self._cut = None
+            self._cut = self._pattern = None
             self.scores.prune_(threshold, position)
             self._scores = None
 
@@ -280,7 +324,7 @@ class Weight:
 
     def set_mask(self, mask: Tensor) -> None:
         """Replaces the mask by a bool tensor of the weight's shape."""
-        self._cut = self._scores = self._effective = None
+        self._cut = self._scores = self._effective = self._pattern = None
         self.mask = ops.mask_pack(mask.reshape(self.groups, -1, self.columns).contiguous())
         if self.packed is not None and self.dense is None:
             raise RuntimeError("Weight.set_mask: the dense weights are gone")
@@ -313,10 +357,16 @@ class Weight:
         self._scores = replace(made, mask=None)
         self._collected = None
 
+    def stay_dense(self) -> None:
+        """Makes products over all weights from now on, however few are left."""
+        self._pack_below, self._pattern = 0, None
+
     def compact_when_sparse(self) -> None:
         """Packs the values that are left once they are few, and again when half of the packed ones are gone."""
         if self._pack_below == 0 or self.mask is None or self._cut is not None or self._effective is not None:
             return
+        if self._pattern is not None:
+            return  # packed anew already
         live = int(ops.mask_count(self.mask))
         if live >= self._pack_below:
             return
