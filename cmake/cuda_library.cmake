@@ -24,7 +24,8 @@ set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
 find_package(CUDAToolkit REQUIRED)
 
 file(GLOB cuda_sources CONFIGURE_DEPENDS csrc/ops/*.cu)
-add_library(pathprune_cuda MODULE csrc/library_cuda.cpp csrc/glue/arguments.cpp ${cuda_sources})
+add_library(pathprune_cuda MODULE csrc/library_cuda.cpp csrc/library_cuda_walk.cpp csrc/glue/arguments.cpp
+                                  csrc/glue/walk_arguments.cpp ${cuda_sources})
 target_compile_definitions(pathprune_cuda PRIVATE USE_CUDA)
 target_compile_options(pathprune_cuda
                        PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr>)

@@ -2,11 +2,10 @@
 // all on the current stream of the weight's device. python/pathprune/ops.py says what each op does.
 //
 // Two ops wait for the device, because the host must know what it found: compact_weight (how many
-// values there are) and gumbel_keys (whether a score is refused). No other op does.
+// values there are) and gumbel_keys (whether a score is refused). No other op here does; those of
+// walks, in library_cuda_walk.cpp, do.
 
 #include <cuda_runtime.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -14,53 +13,18 @@
 #include <cmath>
 #include <optional>
 #include <sstream>
-#include <stdexcept>
 #include <string>
 #include <tuple>
 
 #include "core/float_key.h"
 #include "glue/arguments.h"
+#include "glue/cuda.h"
 #include "ops/kernels_cuda.h"
 
 namespace pathprune::cuda {
 namespace {
 
 constexpr int64_t kPadding = 16;  // values behind the last one of a packed weight
-
-void check(const char* op, cudaError_t error) {
-  if (error == cudaSuccess) return;
-  throw std::runtime_error(std::string(op) + ": CUDA: " + cudaGetErrorString(error));
-}
-
-// The device of a tensor made the current one, and its current stream, for as long as this lives.
-class OnDevice {
- public:
-  // A tensor on the CPU, which has no index, gets here beside another on CUDA: the checks of the
-  // arguments, which are still to come, refuse the two.
-  explicit OnDevice(const Tensor& tensor) {
-    const auto index = tensor.get_device_index();
-    if (index < 0) return;
-    guard_.emplace(index);
-    void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
-    stream_ = static_cast<cudaStream_t>(stream);
-  }
-
-  cudaStream_t stream() const { return stream_; }
-
- private:
-  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
-  cudaStream_t stream_ = nullptr;
-};
-
-template <typename T>
-T* data_of(const Tensor& tensor) {
-  return static_cast<T*>(tensor.mutable_data_ptr());
-}
-
-Tensor new_integers(const Tensor& like, int64_t count) {
-  return new_tensor(like, {count}, ScalarType::Long);
-}
 
 // Where the tiles of packed rows begin, for as long as this lives.
 class TileStarts {
@@ -345,15 +309,6 @@ Tensor mask_count(const Tensor& mask) {
   return count;
 }
 
-// Waits for the stream.
-template <typename T>
-T read_one(const char* op, const T* place, cudaStream_t stream) {
-  T value;
-  check(op, cudaMemcpyAsync(&value, place, sizeof(T), cudaMemcpyDeviceToHost, stream));
-  check(op, cudaStreamSynchronize(stream));
-  return value;
-}
-
 std::tuple<Tensor, Tensor> compact_weight(const Tensor& weight, const Tensor& mask,
                                           const OptionalTensor& layout,
                                           const OptionalTensor& row_start, int64_t columns) {
@@ -363,7 +318,7 @@ std::tuple<Tensor, Tensor> compact_weight(const Tensor& weight, const Tensor& ma
   const Tensor starts = call.integers({rows + 1});
   size_t bytes = 0;
   call.check(row_start_bytes(rows, &bytes));
-  const Tensor workspace = new_tensor(weight, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
+  const Tensor workspace = new_bytes(weight, bytes);
   call.check(fill_row_starts(w.mask, rows, columns, w.words, workspace.mutable_data_ptr(), bytes,
                              data_of<int64_t>(starts), call.stream()));
   const int64_t live = read_one(call.op(), data_of<int64_t>(starts) + rows, call.stream());
@@ -385,8 +340,7 @@ Tensor kth_largest(const Tensor& values, int64_t k) {
   const OnDevice device(values);
   const Tensor whole = torch::stable::contiguous(values);
   const Tensor result = new_tensor(values, {}, values.scalar_type());
-  const Tensor workspace =
-      new_tensor(values, {static_cast<int64_t>(kth_largest_bytes(storage))}, ScalarType::Byte);
+  const Tensor workspace = new_bytes(values, kth_largest_bytes(storage));
   check(op,
         find_kth_largest(whole.const_data_ptr(), storage, whole.numel(), k,
                          workspace.mutable_data_ptr(), result.mutable_data_ptr(), device.stream()));
