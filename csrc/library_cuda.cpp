@@ -2,7 +2,8 @@
 // all on the current stream of the weight's device. python/pathprune/ops.py says what each op does.
 //
 // Two ops wait for the device, because the host must know what it found: compact_weight (how many
-// values there are) and gumbel_keys (whether a score is refused). No other op does.
+// values there are) and gumbel_keys (whether a score is refused). No other op here does; those of
+// walks, in library_cuda_walk.cpp, do.
 
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/library.h>
@@ -12,28 +13,18 @@
 #include <cmath>
 #include <optional>
 #include <sstream>
-#include <stdexcept>
 #include <string>
 #include <tuple>
 
 #include "core/float_key.h"
 #include "glue/arguments.h"
-#include "glue/device_cuda.h"
+#include "glue/cuda.h"
 #include "ops/kernels_cuda.h"
 
 namespace pathprune::cuda {
 namespace {
 
 constexpr int64_t kPadding = 16;  // values behind the last one of a packed weight
-
-template <typename T>
-T* data_of(const Tensor& tensor) {
-  return static_cast<T*>(tensor.mutable_data_ptr());
-}
-
-Tensor new_integers(const Tensor& like, int64_t count) {
-  return new_tensor(like, {count}, ScalarType::Long);
-}
 
 // Where the tiles of packed rows begin, for as long as this lives.
 class TileStarts {
@@ -318,15 +309,6 @@ Tensor mask_count(const Tensor& mask) {
   return count;
 }
 
-// Waits for the stream.
-template <typename T>
-T read_one(const char* op, const T* place, cudaStream_t stream) {
-  T value;
-  check(op, cudaMemcpyAsync(&value, place, sizeof(T), cudaMemcpyDeviceToHost, stream));
-  check(op, cudaStreamSynchronize(stream));
-  return value;
-}
-
 std::tuple<Tensor, Tensor> compact_weight(const Tensor& weight, const Tensor& mask,
                                           const OptionalTensor& layout,
                                           const OptionalTensor& row_start, int64_t columns) {
@@ -336,7 +318,7 @@ std::tuple<Tensor, Tensor> compact_weight(const Tensor& weight, const Tensor& ma
   const Tensor starts = call.integers({rows + 1});
   size_t bytes = 0;
   call.check(row_start_bytes(rows, &bytes));
-  const Tensor workspace = new_tensor(weight, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
+  const Tensor workspace = new_bytes(weight, bytes);
   call.check(fill_row_starts(w.mask, rows, columns, w.words, workspace.mutable_data_ptr(), bytes,
                              data_of<int64_t>(starts), call.stream()));
   const int64_t live = read_one(call.op(), data_of<int64_t>(starts) + rows, call.stream());
@@ -358,8 +340,7 @@ Tensor kth_largest(const Tensor& values, int64_t k) {
   const OnDevice device(values);
   const Tensor whole = torch::stable::contiguous(values);
   const Tensor result = new_tensor(values, {}, values.scalar_type());
-  const Tensor workspace =
-      new_tensor(values, {static_cast<int64_t>(kth_largest_bytes(storage))}, ScalarType::Byte);
+  const Tensor workspace = new_bytes(values, kth_largest_bytes(storage));
   check(op,
         find_kth_largest(whole.const_data_ptr(), storage, whole.numel(), k,
                          workspace.mutable_data_ptr(), result.mutable_data_ptr(), device.stream()));

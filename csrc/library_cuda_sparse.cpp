@@ -4,7 +4,7 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "glue/device_cuda.h"
+#include "glue/cuda.h"
 #include "glue/pattern.h"
 #include "ops/sparse_cuda.h"
 

@@ -98,18 +98,18 @@ def emulation(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("wants a C++ compiler for Linux")
     folder = tmp_path_factory.mktemp("emulation")
     torch_root = Path(torch.__file__).parent
-    libraries_of_ops = []
-    for name in ("library_cuda.cpp", "library_cuda_sparse.cpp"):
-        registered = (ROOT / "csrc" / name).read_text()
+    libraries = []
+    for source in sorted((ROOT / "csrc").glob("library_cuda*.cpp")):
+        registered = source.read_text()
         assert registered.count("(pathprune, CUDA, m)") == 1
-        libraries_of_ops.append(folder / name)
-        libraries_of_ops[-1].write_text(registered.replace("(pathprune, CUDA, m)", "(pathprune, CPU, m)"))
+        libraries.append(folder / source.name)
+        libraries[-1].write_text(registered.replace("(pathprune, CUDA, m)", "(pathprune, CPU, m)"))
 
     flags = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wno-unknown-pragmas"]
     flags += ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     flags += [f"-I{EMULATED}", f"-I{ROOT / 'csrc'}", "-isystem", str(torch_root / "include")]
-    glue = [ROOT / "csrc" / "glue" / name for name in ("arguments.cpp", "pattern.cpp")]
-    sources = [*libraries_of_ops, *glue, EMULATED / "machine.cpp"]
+    arguments = [ROOT / "csrc" / "glue" / name for name in ("arguments.cpp", "pattern.cpp", "walk_arguments.cpp")]
+    sources = [*libraries, *arguments, EMULATED / "machine.cpp"]
     sources += sorted((ROOT / "csrc" / "ops").glob("*.cu"))
 
     def compile_one(source: Path) -> str:
@@ -120,9 +120,9 @@ def emulation(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     with ThreadPoolExecutor(max_workers=2) as pool:
         objects = list(pool.map(compile_one, sources))
-    libraries = [str(torch_root / "lib" / f"lib{name}.so") for name in ("torch", "torch_cpu", "c10")]
+    linked = [str(torch_root / "lib" / f"lib{name}.so") for name in ("torch", "torch_cpu", "c10")]
     command = [compiler, "-shared", "-o", str(folder / "libpathprune_cpu.so"), *objects]
-    subprocess.run([*command, "-Wl,--no-as-needed", *libraries, "-Wl,-z,defs"], check=True)
+    subprocess.run([*command, "-Wl,--no-as-needed", *linked, "-Wl,-z,defs"], check=True)
     return folder
 
 
@@ -130,11 +130,20 @@ def emulation(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_kernels_on_the_host(emulation: Path) -> None:
     """Every kernel against the reference, without a GPU; each barrier and shuffle is checked to be whole."""
     assert set(op_samples.ROWS) == set(NAMES)
-    tests = [str(ROOT / "tests" / name) for name in ("test_ops.py", "test_cuda_kernels.py", "test_masked_matmul.py")]
     chosen = "matches_reference or packed_is_dense or strided or tiles or anywhere or the_shape or nth_of"
     chosen += " or (test_products and not 70001)"
-    chosen = f"cpu and not (large_row or large_packed) and ({chosen})"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests, "-k", chosen]
+    files = ["test_ops.py", "test_cuda_kernels.py", "test_masked_matmul.py"]
+    passes_on_the_host(emulation, files, f"not (large_row or large_packed) and ({chosen})")
+
+
+@pytest.mark.slow
+def test_walk_kernels_on_the_host(emulation: Path) -> None:
+    passes_on_the_host(emulation, ["test_walk_kernels.py"], "not host")
+
+
+def passes_on_the_host(emulation: Path, files: list[str], chosen: str) -> None:
+    tests = [str(ROOT / "tests" / name) for name in files]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests, "-k", f"cpu and {chosen}"]
     environment = {**os.environ, "PATHPRUNE_LIBRARY_DIR": str(emulation), "PATHPRUNE_REQUIRE_CUDA": "0"}
     environment.pop("PATHPRUNE_DISABLE_BINARY", None)
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -7,10 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import pathprune
 from pathprune import walk_ops, walk_reference
-
-core = pathprune._C
+from pathprune._library import core
 
 TYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SHAPES = [(1, 37, 53, 1), (2, 5, 7, 9), (3, 1, 4, 3), (1, 64, 1, 1), (1, 1, 1, 1), (1, 300, 200, 1), (1, 16, 8, 25)]

@@ -53,32 +53,34 @@ PP_HD uint64_t fixed_weight(double weight, const FixedRow& row) {
   return row.uniform ? 1 : scaled_integer(weight, row.scale, 1);
 }
 
+// How many binary digits x has; 0 has none.
+PP_HD int digits_of(uint64_t x) {
+  if (x == 0) return 0;
+#if defined(__CUDA_ARCH__)
+  return 64 - __clzll(static_cast<int64_t>(x));
+#else
+  return 64 - __builtin_clzll(x);
+#endif
+}
+
 // floor(log2(weight)), for finite weight > 0.
 PP_HD int exponent_of(double weight) {
   const uint64_t bits = bit_cast<uint64_t>(weight);
   const int exponent = static_cast<int>(bits >> 52);
-  if (exponent) return exponent - 1023;
-#if defined(__CUDA_ARCH__)
-  return -1011 - __clzll(bits);
-#else
-  return -1011 - __builtin_clzll(bits);
-#endif
+  return exponent ? exponent - 1023 : digits_of(bits) - 1075;
 }
 
 // The scale at which a row's first, rough sum is taken: n integers of a largest weight below
 // 2^(largest_exponent + 1), each rounded down, sum to at most 2^64 - n.
 PP_HD int rough_scale(int64_t count, int largest_exponent) {
-  int log2_count = 0;  // rounded up
-  while ((int64_t{1} << log2_count) < count) ++log2_count;
+  const int log2_count = digits_of(static_cast<uint64_t>(count) - 1);  // rounded up
   return 63 - log2_count - largest_exponent;
 }
 
 // The row's final scale, from the sum of scaled_integer(w, rough, 0) over its entries.
 PP_HD int final_scale(int64_t count, int rough, uint64_t rough_sum) {
-  uint64_t bound = rough_sum + static_cast<uint64_t>(count - 1);  // sum of w * 2^rough < bound + 1
-  int width = 0;
-  for (; bound; bound >>= 1) ++width;
-  return rough + 63 - width;
+  const uint64_t bound = rough_sum + static_cast<uint64_t>(count - 1);
+  return rough + 63 - digits_of(bound);  // sum of w * 2^rough < bound + 1
 }
 
 // The draw of a row with this total: `word` is 64 random bits.

@@ -58,10 +58,12 @@ WalkStepArguments::WalkStepArguments(const Tensor& weight, const Tensor& units, 
 
 void WalkStepArguments::check_units(const int64_t* units, int64_t count) const {
   for (int64_t i = 0; i < count; ++i) {
-    if (units[i] < 0 || units[i] >= matrix_.units()) {
-      refuse(op_, "units", "0 to " + std::to_string(matrix_.units() - 1), std::to_string(units[i]));
-    }
+    if (units[i] < 0 || units[i] >= matrix_.units()) refuse_unit(units[i]);
   }
+}
+
+void WalkStepArguments::refuse_unit(int64_t unit) const {
+  refuse(op_, "units", "0 to " + std::to_string(matrix_.units() - 1), std::to_string(unit));
 }
 
 WalkFieldArguments::WalkFieldArguments(const WalkStepArguments& step, const Tensor& positions,
@@ -121,22 +123,27 @@ WalkChooseArguments::WalkChooseArguments(const Tensor& cdf, const Tensor& row_st
 }
 
 void WalkChooseArguments::check_rows() const {
-  const int64_t count = row_start_.size(0) - 1;
-  for (int64_t i = 0; i < count; ++i) {
-    if (table_.row_start[i] > table_.row_start[i + 1] || table_.row_start[i] < 0) {
-      refuse("walk_choose", "row_start", "numbers that do not descend",
-             std::to_string(table_.row_start[i + 1]));
-    }
+  for (int64_t i = 0; i < table_rows(); ++i) {
+    if (!table_.is_row(i)) refuse_start(table_.row_start[i + 1]);
   }
-  if (table_.row_start[count] > cdf_.size(0)) {
-    refuse("walk_choose", "row_start", "at most " + std::to_string(cdf_.size(0)) + " entries",
-           std::to_string(table_.row_start[count]));
-  }
+  check_end(table_.row_start[table_rows()]);
   for (int64_t i = 0; i < rows_.size(0); ++i) {
-    if (rows()[i] < 0 || rows()[i] >= count) {
-      refuse("walk_choose", "rows", "0 to " + std::to_string(count - 1), std::to_string(rows()[i]));
-    }
+    if (rows()[i] < 0 || rows()[i] >= table_rows()) refuse_row(rows()[i]);
   }
+}
+
+void WalkChooseArguments::refuse_start(int64_t next_start) const {
+  refuse("walk_choose", "row_start", "numbers that do not descend", std::to_string(next_start));
+}
+
+void WalkChooseArguments::check_end(int64_t last_start) const {
+  if (last_start <= cdf_.size(0)) return;
+  refuse("walk_choose", "row_start", "at most " + std::to_string(cdf_.size(0)) + " entries",
+         std::to_string(last_start));
+}
+
+void WalkChooseArguments::refuse_row(int64_t row) const {
+  refuse("walk_choose", "rows", "0 to " + std::to_string(table_rows() - 1), std::to_string(row));
 }
 
 WalkMarkArguments::WalkMarkArguments(const Tensor& bits, const Tensor& edges, int64_t target)
@@ -155,12 +162,13 @@ void WalkMarkArguments::check_edges() const {
   for (int64_t walk = 0; walk < edges_.size(0); ++walk) {
     const int64_t* mine = edges() + walk * edges_.stride(0);
     for (int64_t s = 0; s < edges_.size(1); ++s) {
-      if (mine[s * edges_.stride(1)] >= places_) {
-        refuse("walk_mark_", "edges", "places below " + std::to_string(places_),
-               std::to_string(mine[s * edges_.stride(1)]));
-      }
+      if (mine[s * edges_.stride(1)] >= places_) refuse_edge(mine[s * edges_.stride(1)]);
     }
   }
+}
+
+void WalkMarkArguments::refuse_edge(int64_t edge) const {
+  refuse("walk_mark_", "edges", "places below " + std::to_string(places_), std::to_string(edge));
 }
 
 }  // namespace pathprune

@@ -23,6 +23,7 @@ class WalkStepArguments {
   const int64_t* walks() const { return static_cast<const int64_t*>(walks_.const_data_ptr()); }
   // Refuses a unit that the matrix has not. On the host only.
   void check_units(const int64_t* units, int64_t count) const;
+  [[noreturn]] void refuse_unit(int64_t unit) const;
 
  private:
   const char* op_;
@@ -53,9 +54,14 @@ class WalkChooseArguments {
                       const Tensor& walks, int64_t word);
 
   const ChoiceTable& table() const { return table_; }
+  int64_t table_rows() const { return row_start_.size(0) - 1; }
   const int64_t* rows() const { return static_cast<const int64_t*>(rows_.const_data_ptr()); }
   const int64_t* walks() const { return static_cast<const int64_t*>(walks_.const_data_ptr()); }
+  // Refuses row starts that descend or leave the table, and rows that it has not. On the host only.
   void check_rows() const;
+  [[noreturn]] void refuse_start(int64_t next_start) const;
+  void check_end(int64_t last_start) const;
+  [[noreturn]] void refuse_row(int64_t row) const;
 
  private:
   Tensor cdf_, row_start_, rows_, walks_;
@@ -68,7 +74,10 @@ class WalkMarkArguments {
 
   // With the strides of the tensor that was given.
   const int64_t* edges() const { return static_cast<const int64_t*>(edges_.const_data_ptr()); }
+  int64_t places() const { return places_; }
+  // Refuses a place that the bits have not. On the host only.
   void check_edges() const;
+  [[noreturn]] void refuse_edge(int64_t edge) const;
 
  private:
   Tensor edges_;

@@ -13,6 +13,7 @@
 
 #include "core/weight_map.h"
 #include "ops/gumbel.h"
+#include "ops/walk.h"
 #include "ops/weights.h"
 
 namespace pathprune::cuda {
@@ -129,5 +130,47 @@ cudaError_t fill_gumbel_keys(const void* scores, Storage storage, int64_t count,
                              const GumbelKeys& key_of, double* keys,
                              double* refused,  // []: a score that is negative or NaN, or 0
                              cudaStream_t stream);
+
+// ---- walk_step.cu -------------------------------------------------------------------------------
+
+cudaError_t walk_step_bytes(const WalkMatrix& m, int64_t walkers, size_t* bytes);
+// Counts the walkers at each unit. The workspace begins with an int64: walkers.count - i of the
+// first walker i whose unit the matrix has not; 0: there is none, and they can be moved.
+cudaError_t count_walkers_at_units(const WalkMatrix& m, const Walkers& walkers, void* workspace,
+                                   cudaStream_t stream);
+cudaError_t move_counted_walkers(const WalkMatrix& m, const WalkRule& rule, const Walkers& walkers,
+                                 void* workspace, cudaStream_t stream);
+
+// ---- walk_mark.cu -------------------------------------------------------------------------------
+
+struct ChoiceRefusals {
+  int64_t start;       // table_rows - i of the first row i that is none, or 0
+  int64_t row;         // count - i of the first walker i whose row the table has not, or 0
+  int64_t last_start;  // where the table must not end before
+};
+
+cudaError_t check_choices(const ChoiceTable& table, int64_t table_rows, const int64_t* rows,
+                          int64_t count, ChoiceRefusals* found, cudaStream_t stream);
+// For rows that were found to be there.
+cudaError_t choose_from_table(const ChoiceTable& table, const int64_t* rows, const int64_t* walks,
+                              int64_t count, uint64_t seed, int64_t step, WalkWord word,
+                              int64_t* chosen, cudaStream_t stream);
+
+struct Marked {
+  int64_t marked;   // how many places are new
+  int64_t refused;  // end - i of the first edge i that is past the places, or 0
+};
+
+struct MarkedPlaces {
+  uint64_t* bits;
+  int64_t places;
+  const int64_t* edges;
+  uint8_t* is_new;  // of each edge
+  Marked* found;    // []
+};
+
+// Marks edges[begin, end). To unmark them again changes back the bits that were new.
+cudaError_t mark_places(const MarkedPlaces& to, int64_t begin, int64_t end, cudaStream_t stream);
+cudaError_t unmark_places(const MarkedPlaces& to, int64_t begin, int64_t end, cudaStream_t stream);
 
 }  // namespace pathprune::cuda

@@ -98,8 +98,8 @@ template <typename W>
 PP_HD double candidate_weight(const W* entries, int64_t count, const WalkRule& rule) {
   double sum = 0;
   for (int64_t e = 0; e < count; ++e) {
-    if (rule.is_valid(e))
-      sum = plus(sum, walk_weight(static_cast<double>(widen(entries[e])), rule.power));
+    if (!rule.is_valid(e)) continue;
+    sum = plus(sum, walk_weight(static_cast<double>(widen(entries[e])), rule.power));
   }
   return sum;
 }
@@ -147,13 +147,16 @@ PP_HD int64_t draw_entry(const W* entries, int64_t count, const WalkRule& rule, 
   return draw_among(count, word, [&](int64_t e) { return rule.is_valid(e) ? 1.0 : 0.0; });
 }
 
-// ---- choices among a few: branches, and the units behind a flattening
-// ------------------------------
+// ---- choices among a few: branches, and the units behind a flattening ---------------------------
 
 // Rows of prefix sums, stored one after the other.
 struct ChoiceTable {
   const uint64_t* cdf;       // [row_start[rows]]
   const int64_t* row_start;  // [rows + 1]
+
+  PP_HD bool is_row(int64_t row) const {
+    return row_start[row] >= 0 && row_start[row] <= row_start[row + 1];
+  }
 };
 
 // The place within its row that a walker draws, or -1 from an empty row or one of total 0.

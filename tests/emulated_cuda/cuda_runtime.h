@@ -26,7 +26,7 @@
 using cudaError_t = int;
 using cudaStream_t = void*;
 inline constexpr cudaError_t cudaSuccess = 0, cudaErrorInvalidValue = 1;
-enum cudaMemcpyKind { cudaMemcpyDeviceToHost };
+enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost };
 
 inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
   std::memset(to, value, bytes);
@@ -177,6 +177,18 @@ template <typename T>
 T atomicMax(T* place, T value) {
   const T old = *place;
   *place = value > old ? value : old;
+  return old;
+}
+template <typename T>
+T atomicOr(T* place, T value) {
+  const T old = *place;
+  *place = old | value;
+  return old;
+}
+template <typename T>
+T atomicAnd(T* place, T value) {
+  const T old = *place;
+  *place = old & value;
   return old;
 }
 inline int __popc(unsigned bits) { return std::popcount(bits); }

@@ -1,4 +1,4 @@
-// What all CUDA ops need of torch: the device of a tensor, its current stream, errors.
+// What the CUDA ops share: errors, the device and stream of a tensor, what is read back.
 
 #pragma once
 
@@ -39,5 +39,27 @@ class OnDevice {
   std::optional<torch::stable::accelerator::DeviceGuard> guard_;
   cudaStream_t stream_ = nullptr;
 };
+
+template <typename T>
+T* data_of(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+inline Tensor new_integers(const Tensor& like, int64_t count) {
+  return new_tensor(like, {count}, ScalarType::Long);
+}
+
+inline Tensor new_bytes(const Tensor& like, size_t count) {
+  return new_tensor(like, {static_cast<int64_t>(count)}, ScalarType::Byte);
+}
+
+// Waits for the stream.
+template <typename T>
+T read_one(const char* op, const T* place, cudaStream_t stream) {
+  T value;
+  check(op, cudaMemcpyAsync(&value, place, sizeof(T), cudaMemcpyDeviceToHost, stream));
+  check(op, cudaStreamSynchronize(stream));
+  return value;
+}
 
 }  // namespace pathprune::cuda
