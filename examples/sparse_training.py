@@ -1,6 +1,6 @@
-"""Trains a network that SynFlow pruned at initialization twice: masked dense, and sparse.
+"""Trains a network that was pruned at initialization twice: masked dense, and sparse.
 
-python examples/sparse_training.py [--density 0.05] [--width 1024] [--epochs 5] [--method synflow,magnitude]
+python examples/sparse_training.py [--density 0.05] [--width 1024] [--epochs 5] [--method synflow,phew]
 
 Both runs see the same batches in the same order from the same weights; their losses agree within rounding.
 Prints time per step and accuracy of both, and the peak memory of a training run beyond what was held before.
@@ -29,7 +29,7 @@ import pathprune as pp
 from pathprune.data import Split, digits
 from pathprune.models import mlp
 
-METHODS = {"synflow": pp.SynFlow(rounds=100), "magnitude": pp.Magnitude(), "random": pp.Random()}
+METHODS = {"synflow": pp.SynFlow(rounds=100), "phew": pp.PHEW(), "magnitude": pp.Magnitude(), "random": pp.Random()}
 
 
 @dataclass(frozen=True)

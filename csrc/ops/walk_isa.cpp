@@ -188,10 +188,11 @@ PP_INLINE void search(const uint64_t* cdf, uint64_t padded, const uint64_t (&dra
 
 // Draws for the walkers order[0, count) from the CDF, and calls arrive(walker, index, walk) for
 // each.
-template <typename Arrive>
+// What `arrive` will read of an index can be fetched ahead by fetch(index).
+template <typename Fetch, typename Arrive>
 PP_INLINE void draw_all(const WalkScratch& scratch, int64_t candidates, const WalkRule& rule,
                         const Walkers& walkers, const uint32_t* order, int64_t count,
-                        const Arrive& arrive) {
+                        const Fetch& fetch, const Arrive& arrive) {
   const uint64_t total = scratch.cdf[candidates - 1];
   const uint64_t padded = std::bit_ceil(static_cast<uint64_t>(candidates));
   for (int64_t begin = 0; begin < count; begin += kBatch) {
@@ -205,11 +206,32 @@ PP_INLINE void draw_all(const WalkScratch& scratch, int64_t candidates, const Wa
     }
     for (int k = 0; k < kBatch; ++k) draw[k] = fixed_draw(unit_word[k], total);
     search(scratch.cdf, padded, draw, found);
+    for (int k = 0; k < here; ++k) fetch(static_cast<int64_t>(found[k]));
     for (int k = 0; k < here; ++k) {
       arrive(order[begin + k], static_cast<int64_t>(found[k]), entry_word[k]);
     }
   }
 }
+
+#if PP_AVX512
+// The draw among weights[0, count), zeros behind them up to 16.
+PP_INLINE int64_t draw_among_16(const double* weights, int64_t count, int rough, uint64_t word) {
+  const __m512d low = _mm512_loadu_pd(weights), high = _mm512_loadu_pd(weights + 8);
+  const __m512i roughly =
+      _mm512_add_epi64(scaled_integers(low, rough, 0), scaled_integers(high, rough, 0));
+  const int scale =
+      final_scale(count, rough, static_cast<uint64_t>(_mm512_reduce_add_epi64(roughly)));
+  const __m512i last = _mm512_set1_epi64(7);
+  const __m512i first = prefix_sums(scaled_integers(low, scale, 1));
+  const __m512i second = _mm512_add_epi64(prefix_sums(scaled_integers(high, scale, 1)),
+                                          _mm512_permutexvar_epi64(last, first));
+  const __m128i top = _mm512_extracti64x2_epi64(second, 3);
+  const uint64_t draw = fixed_draw(word, static_cast<uint64_t>(_mm_extract_epi64(top, 1)));
+  const __m512i drawn = _mm512_set1_epi64(static_cast<int64_t>(draw));
+  return __builtin_popcount(_mm512_cmple_epu64_mask(first, drawn)) +
+         __builtin_popcount(_mm512_cmple_epu64_mask(second, drawn));
+}
+#endif
 
 // draw_entry of walk.h, on small rows held in registers and the first-level cache.
 template <typename W>
@@ -228,6 +250,9 @@ PP_INLINE int64_t draw_kernel_entry(const W* kernel, int64_t count, const WalkRu
     largest = 1;
   }
   const int rough = rough_scale(count, exponent_of(largest));
+#if PP_AVX512
+  if (padded <= 16) return draw_among_16(weights, count, rough, word);
+#endif
   const int scale = final_scale(count, rough, sum_of_integers(weights, padded, rough));
   fill_prefix_sums(weights, padded, scale, cdf);
   const uint64_t draw = fixed_draw(word, cdf[padded - 1]);
@@ -251,7 +276,10 @@ void move_walkers(const WalkMatrix& m, const WalkRule& rule, const Walkers& walk
     }
     return;
   }
-  draw_all(scratch, candidates, rule, walkers, order, count,
+  const auto fetch = [&](int64_t chosen) {
+    if (m.entries > 1) __builtin_prefetch(stored + first + chosen * stride);
+  };
+  draw_all(scratch, candidates, rule, walkers, order, count, fetch,
            [&](int64_t walker, int64_t chosen, uint64_t word) {
              const int64_t kernel = first + chosen * stride;
              walkers.next[walker] = first_target + chosen;
@@ -281,7 +309,8 @@ void move_in_field(const WalkMatrix& m, const WalkRule& rule, const WalkField& f
     }
     return;
   }
-  draw_all(scratch, candidates * entries, rule, walkers, order, count,
+  const auto fetch = [](int64_t) {};
+  draw_all(scratch, candidates * entries, rule, walkers, order, count, fetch,
            [&](int64_t walker, int64_t chosen, uint64_t) {
              const int64_t candidate = chosen / entries, entry = chosen % entries;
              walkers.next[walker] = first_target + candidate;
