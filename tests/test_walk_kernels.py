@@ -46,6 +46,7 @@ STEPS = [
     Step("stretches_of_entries", (1, 5200, 2, 9), True, "gains"),
     Step("long_row", (1, 2, 12_001, 1), False, "gains", torch.float16),
     Step("just_fits", (1, 2, 5120, 1), False, "zeros"),
+    Step("many_jobs", (1, 40, 30, 1), False, walkers=4000),
     Step("very_long_row", (1, 1, 400_000, 1), False, walkers=40),
 ]
 
@@ -66,6 +67,19 @@ def test_rows_of_equal_weights(device: torch.device) -> None:
             weight[0, 0] = 1
             units = torch.arange(60, device=device) % 3
             both({"weight": weight, "units": units, "walks": units + 2**40, "gain": None, "valid": None}, 1, True)
+
+
+def test_columns_of_few_weights(device: torch.device) -> None:
+    """Most warps find nothing but zeros, or gains of zero."""
+    weight = torch.zeros(1, 700, 20, 1, device=device)
+    gain = torch.zeros(700, dtype=torch.float64, device=device)
+    gain[[5, 333, 690]] = 2.0
+    columns, units = torch.arange(20, device=device), torch.arange(200, device=device) % 20
+    given = {"weight": weight, "units": units, "walks": units * 5, "valid": None}
+    both({**given, "gain": gain}, 1, True)
+    for row in (0, 37 * columns % 700, 699 - 11 * columns):
+        weight[0, row, columns, 0] = 1.0 + columns
+        both({**given, "gain": None}, 2, True)
 
 
 def test_no_way_on(device: torch.device) -> None:

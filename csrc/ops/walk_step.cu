@@ -6,7 +6,7 @@
 // it searches the table, and adds up the stretch that it finds candidate by candidate.
 //
 // Bytes: a job's weights three times, twice of them from L2 where it holds those of the jobs that
-// run at once; for each walker 60, and the stretch it ends in once more if that is longer than one.
+// run at once; for each walker 72, and the stretch it ends in once more if that is longer than one.
 
 #include <cub/device/device_scan.cuh>
 
