@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <bit>
 #include <cstring>
+#include <type_traits>
 
 #include "core/lanes.h"
 #include "ops/walk_kernels.h"
@@ -214,9 +215,11 @@ PP_INLINE void draw_all(const WalkScratch& scratch, int64_t candidates, const Wa
 }
 
 #if PP_AVX512
-// The draw among weights[0, count), zeros behind them up to 16.
-PP_INLINE int64_t draw_among_16(const double* weights, int64_t count, int rough, uint64_t word) {
-  const __m512d low = _mm512_loadu_pd(weights), high = _mm512_loadu_pd(weights + 8);
+// The draw among `count` weights in sixteen lanes, zeros behind them; -1 where all are 0.
+PP_INLINE int64_t draw_among_16(__m512d low, __m512d high, int64_t count, uint64_t word) {
+  const double largest = _mm512_reduce_max_pd(_mm512_max_pd(low, high));
+  if (largest == 0) return -1;
+  const int rough = rough_scale(count, exponent_of(largest));
   const __m512i roughly =
       _mm512_add_epi64(scaled_integers(low, rough, 0), scaled_integers(high, rough, 0));
   const int scale =
@@ -240,6 +243,18 @@ PP_INLINE int64_t draw_kernel_entry(const W* kernel, int64_t count, const WalkRu
   constexpr int64_t kMost = 32;
   if (count == 1) return 0;
   if (count > kMost) return draw_entry(kernel, count, rule, word);
+#if PP_AVX512
+  if constexpr (std::is_same_v<W, float>) {
+    if (count <= 16 && rule.power == 1 && !rule.valid) {
+      const auto there = static_cast<__mmask16>(first_lanes(count));
+      const __m512 m = _mm512_abs_ps(_mm512_maskz_loadu_ps(there, kernel));
+      const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(m));
+      const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(m, 1));
+      const int64_t drawn = draw_among_16(low, high, count, word);
+      if (drawn >= 0) return drawn;
+    }
+  }
+#endif
   const int64_t padded = (count + 7) / 8 * 8;  // weights of 0 add nothing to any sum
   double weights[kMost] = {};
   uint64_t cdf[kMost];
@@ -250,9 +265,6 @@ PP_INLINE int64_t draw_kernel_entry(const W* kernel, int64_t count, const WalkRu
     largest = 1;
   }
   const int rough = rough_scale(count, exponent_of(largest));
-#if PP_AVX512
-  if (padded <= 16) return draw_among_16(weights, count, rough, word);
-#endif
   const int scale = final_scale(count, rough, sum_of_integers(weights, padded, rough));
   fill_prefix_sums(weights, padded, scale, cdf);
   const uint64_t draw = fixed_draw(word, cdf[padded - 1]);
