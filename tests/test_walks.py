@@ -414,6 +414,20 @@ def test_zero_rows_and_zero_kernels_are_walked_evenly():
     assert float(((seen - expected) ** 2 / expected).sum()) < chi_square_quantile(35)
 
 
+def test_integers_are_near_the_weights_and_what_is_lost_is_told():
+    net = network("kinds")
+    walks = Walks(net, net.prunable, WalkRule())
+    for ahead in (True, False):
+        for distance, lost in walks.chances.quantisation(ahead).values():
+            assert 0 <= distance < 2.0**-31
+            assert lost == 0
+    assert walks.lost() == 0
+    with torch.no_grad():
+        net.tensors["head.weight"][0, :3] = 1e-30
+    walks = Walks(net, net.prunable, WalkRule(power=2))
+    assert walks.lost() == 6  # three weights, each in its row and in its column
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.data())
 def test_random_graphs(data):

@@ -72,6 +72,10 @@ class WalkMasks(ABC):
     def expected(self) -> Callable[[float], float]:
         """Roughly how many weights ``n`` walks take, for n up to infinity."""
 
+    def lost(self) -> int:
+        """How many non-zero weights no walk can take because their integers are 0."""
+        return 0
+
     @abstractmethod
     def limit(self) -> tuple[float, list[str]]:
         """How many weights walks can ever take, and the names of the tensors with weights that they cannot."""

@@ -140,6 +140,41 @@ class Chances:
         unit = torch.where(total > 0, mass / total, uniform).nan_to_num(0.0)
         return unit[..., None] * entry
 
+    def quantisation(self, ahead: bool) -> dict[int, tuple[float, int]]:
+        """node -> how far its integers are from its weights, over all units that a walk can be at.
+
+        Returns:
+            (the largest total-variation distance between the distribution that is drawn from and the exact one,
+            how many non-zero weights became the integer 0).
+        """
+        found = {}
+        for k, site in self.graph.sites.items():
+            gain = self.gain(site, ahead)
+            rows = self.powered(site).sum(3)  # [G, R, C]
+            to_rows = site.forward_to_rows == ahead
+            if gain is not None:
+                rows = rows * (gain.reshape(len(rows), -1, 1) if to_rows else gain.reshape(len(rows), 1, -1))
+            rows = (rows.transpose(1, 2) if to_rows else rows).flatten(0, 1)
+            rows = rows[(rows > 0).any(1)]
+            worst, lost = 0.0, 0
+            for part in rows.split(max(2**22 // max(rows.shape[1], 1), 1)):
+                integers = fixed_rows(part)
+                lost += int(((integers == 0) & (part > 0)).sum())
+                drawn = integers.double() + torch.where(integers < 0, 2.0**64, 0.0)  # they are unsigned
+                apart = drawn / drawn.sum(1, keepdim=True) - part / part.sum(1, keepdim=True)
+                worst = max(worst, 0.5 * float(apart.abs().sum(1).max()))
+            found[k] = (worst, lost)
+        return found
+
+    def may_lose_weights(self) -> bool:
+        """Whether some non-zero weight could be so small beside its row that its integer is 0."""
+        for site in self.graph.sites.values():
+            weights = self.powered(site)
+            some = weights[weights > 0]
+            if some.numel() and float(some.min()) < float(some.max()) * max(site.shape) * site.shape[3] * 2.0**-61:
+                return True
+        return False
+
     def _mass(self, site: Site, ahead: bool) -> Tensor:
         """The |w|^power that a unit finds at a synapse: [units that enter], or [units that leave] going back."""
         key = (f"{site.node}", ahead)

@@ -316,6 +316,12 @@ class Walks(WalkMasks):
 
         return taken
 
+    def lost(self) -> int:
+        """How many non-zero kernels became the integer 0, in either direction, and are never walked there."""
+        if not self.chances.may_lose_weights():
+            return 0
+        return sum(lost for ahead in (True, False) for _, lost in self.chances.quantisation(ahead).values())
+
     def limit(self) -> tuple[float, list[str]]:
         """How many weights walks can ever take, and the names of the tensors with weights that they cannot."""
         found: dict[str, Tensor] = {}

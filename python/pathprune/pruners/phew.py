@@ -104,6 +104,7 @@ class PHEW(Pruner):
             walks = Walks(network, names, self.rule(), seed, keep_kernels=self.keep_kernels)
         partial = sorted(target for target in targets.values() if target < selection.total)
         found = dict(zip(partial, walks.until(partial, max_walks=self.max_walks, trim=self.trim), strict=True))
+        lost = walks.lost() if partial else 0
         for _, which in plan:
             if which is None:
                 continue
@@ -114,7 +115,7 @@ class PHEW(Pruner):
                 masks[weight.name] = walks.bits(found[target], weight.name) if target in found else whole
                 weight.set_mask(masks[weight.name].to(network.device))
             on_snapshot(which)
-            details = self._details(network, masks, found.get(target), target)
+            details = {**self._details(network, masks, found.get(target), target), "quantised_to_zero": lost}
             kept = found[target].kept if target in found else target
             yield Round(kept, None, None, time.perf_counter() - began, details)
             began = time.perf_counter()
