@@ -47,6 +47,8 @@ def main() -> None:
         width.plot(DENSITIES, units, marker="o", label=name)
     for axes, text in ((trace, "log2 trace of the path kernel"), (width, "live units")):
         axes.set(xscale="log", xlabel="density", ylabel=text)
+        axes.minorticks_off()
+        axes.set_xticks(DENSITIES, [f"{density:.1%}" for density in DENSITIES])
         axes.grid(alpha=0.3)
     trace.legend(frameon=False)
     figure.savefig(out, dpi=130)
