@@ -22,6 +22,7 @@ FLOORS = [
         "loading",
         "schedules",
         "policy",
+        "batches",
     },
     {"reference", "sparse_reference", "pooling", "plots", "info"},
     {"walk_reference"},

@@ -1,0 +1,121 @@
+"""Data as pruners take it: a re-iterable of batches ``(x, y)`` or ``x``, streamed one batch at a time.
+
+``x`` is a tensor, a tuple of positional or a dict of keyword arguments of the model; batches may differ in size.
+Nothing here copies, concatenates or shuffles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Data = Iterable[Any]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch: what the model is called with, and what the loss compares its output to."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    target: Any
+
+    @property
+    def size(self) -> int:
+        """Samples in the batch: the length of its first tensor."""
+        tensors = [a for a in (*self.args, *self.kwargs.values()) if isinstance(a, Tensor) and a.dim()]
+        return tensors[0].shape[0] if tensors else 0
+
+
+def require_reiterable(data: Data, who: str) -> None:
+    """Raises TypeError for what is no iterable, or can be read only once (a generator, an iterator)."""
+    wanted = f"{who}: data: wanted a re-iterable of batches (a list, a DataLoader)"
+    if isinstance(data, Tensor):
+        raise TypeError(f"{wanted}, got a tensor; put it into a list: [x]")
+    try:
+        iterator = iter(data)
+    except TypeError:
+        raise TypeError(f"{wanted}, got {type(data).__name__}") from None
+    if iterator is data:
+        raise TypeError(f"{wanted}, got {type(data).__name__}, which can be read only once; use list(...)")
+
+
+def stream(data: Data, who: str, device: torch.device | str = "cpu", needs_target: bool = False) -> Iterator[Batch]:
+    """The batches of one pass over ``data``, tensors moved to ``device``.
+
+    Raises:
+        ValueError: no batches, an empty batch, NaN or infinite inputs, or no targets where they are needed.
+    """
+    empty = True
+    for position, raw in enumerate(data):
+        batch = _batch(raw, who, device)
+        if batch.size == 0:
+            raise ValueError(f"{who}: data: wanted at least one sample in batch {position}, got none")
+        if needs_target and batch.target is None:
+            raise ValueError(f"{who}: data: wanted batches (x, y), got x alone in batch {position}")
+        for a in (*batch.args, *batch.kwargs.values()):
+            if isinstance(a, Tensor) and a.is_floating_point() and not bool(torch.isfinite(a).all()):
+                raise ValueError(f"{who}: data: wanted finite inputs, got NaN or infinite ones in batch {position}")
+        empty = False
+        yield batch
+    if empty:
+        raise ValueError(f"{who}: data: wanted at least one batch, got none")
+
+
+def _batch(raw: Any, who: str, device: torch.device | str) -> Batch:
+    x, target = raw, None
+    if isinstance(raw, (tuple, list)):
+        if len(raw) not in (1, 2):
+            raise ValueError(f"{who}: data: wanted batches x or (x, y), got a {type(raw).__name__} of {len(raw)}")
+        x, target = raw[0], raw[1] if len(raw) == 2 else None
+    x, target = _moved(x, device), _moved(target, device)
+    if isinstance(x, Mapping):
+        return Batch((), x, target)
+    if isinstance(x, (tuple, list)):
+        return Batch(tuple(x), {}, target)
+    if isinstance(x, Tensor):
+        return Batch((x,), {}, target)
+    raise TypeError(f"{who}: data: wanted tensors, tuples or dicts of them, got {type(x).__name__}")
+
+
+def _moved(value: Any, device: torch.device | str) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: _moved(item, device) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(_moved(item, device) for item in value)
+    return value
+
+
+def class_balanced(data: Data, per_class: int, classes: int, batch: int = 128) -> list[tuple[Tensor, Tensor]]:
+    """The first ``per_class`` samples of each class, in the order they come, as a list of batches.
+
+    Args:
+        data: batches ``(x, y)`` with y int64 [n] in [0, classes).
+
+    Raises:
+        ValueError: labels out of range, or a class with too few samples; names it.
+    """
+    taken = [0] * classes
+    samples: list[Tensor] = []
+    labels: list[int] = []
+    for piece in stream(data, "class_balanced", needs_target=True):
+        for x, label in zip(piece.args[0], piece.target.tolist(), strict=True):
+            if not 0 <= label < classes:
+                raise ValueError(f"class_balanced: data: wanted labels in [0, {classes}), got {label}")
+            if taken[label] < per_class:
+                taken[label] += 1
+                samples.append(x)
+                labels.append(label)
+        if len(samples) == per_class * classes:
+            break
+    if len(samples) < per_class * classes:
+        short = min(range(classes), key=lambda k: taken[k])
+        raise ValueError(f"class_balanced: wanted {per_class} samples of each class, got {taken[short]} of {short}")
+    x, y = torch.stack(samples), torch.tensor(labels)
+    return list(zip(x.split(batch), y.split(batch), strict=True))
