@@ -19,8 +19,9 @@ from baselines import BestPyTorchSynFlow, PublishedSynFlow, exponential_densitie
 from harness import Case, Result, assert_same_masks
 from pathprune import models
 from pathprune.network import PathNetwork
-from pathprune.pruners.base import Scope, Selection, run, weights_of
+from pathprune.pruners.base import Scope, Selection, run
 from pathprune.spatial import merge_equal_positions
+from pathprune.weights import weights_of
 
 OURS = "pathprune"
 PUBLISHED = "published loop"

@@ -12,7 +12,7 @@ from pathprune.flow import PathFlow
 from pathprune.network import PathNetwork
 from pathprune.ops import WeightMap
 from pathprune.policy import policy_of
-from pathprune.pruners.base import weights_of
+from pathprune.weights import weights_of
 from positive import positive_scores
 
 MAPS = (WeightMap.ABS, WeightMap.SQUARE, WeightMap.ONE)

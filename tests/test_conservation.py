@@ -21,8 +21,8 @@ from pathprune.network import PathNetwork
 from pathprune.nodes import Constant, Gate, Input, Shift, Synapse
 from pathprune.ops import WeightMap
 from pathprune.policy import policy_of
-from pathprune.pruners.base import weights_of
 from pathprune.spatial import merge_equal_positions
+from pathprune.weights import weights_of
 from test_flow import Mixed
 from test_rules_wires import SqueezeExcite, WithConstantPart, Words
 

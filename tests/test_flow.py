@@ -16,8 +16,8 @@ from pathprune.flow import PathFlow
 from pathprune.network import PathNetwork
 from pathprune.ops import WeightMap
 from pathprune.policy import Policy, policy_of
-from pathprune.pruners.base import weights_of
 from pathprune.spatial import merge_equal_positions
+from pathprune.weights import weights_of
 
 
 @pytest.fixture(autouse=True)

@@ -12,8 +12,9 @@ import pathprune as pp
 from pathprune import models
 from pathprune.network import PathNetwork
 from pathprune.nodes import Synapse
-from pathprune.pruners.base import Scope, Selection, weights_of
+from pathprune.pruners.base import Scope, Selection
 from pathprune.spatial import merge_equal_positions
+from pathprune.weights import weights_of
 
 pytestmark = pytest.mark.slow
 

@@ -15,8 +15,8 @@ import pathprune as pp
 from pathprune import pruning, weights
 from pathprune.network import PathNetwork
 from pathprune.pruners import PathPruner
-from pathprune.pruners.base import weights_of
 from pathprune.reference import WeightMap
+from pathprune.weights import weights_of
 
 
 class Small(nn.Module):

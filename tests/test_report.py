@@ -16,9 +16,9 @@ import pathprune as pp
 from pathprune import models
 from pathprune.liveness import LayerReach, Reach, reach
 from pathprune.ops import WeightMap
-from pathprune.pruners.base import weights_of
 from pathprune.report import Report
 from pathprune.spatial import merge_equal_positions
+from pathprune.weights import weights_of
 
 
 def bits(*rows: str) -> Tensor:

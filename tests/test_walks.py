@@ -321,7 +321,7 @@ def live_weights(net: PathNetwork, walks: Walks, found: Marked) -> int:
     """How many of the kept weights lie on a path, by path counts."""
     from pathprune.flow import PathFlow
     from pathprune.policy import policy_of
-    from pathprune.pruners.base import weights_of
+    from pathprune.weights import weights_of
 
     masks = {name: walks.bits(found, name) for name in net.prunable}
     weights = weights_of(net, net.prunable, (WeightMap.ONE, WeightMap.ONE), masks=masks)

@@ -31,7 +31,7 @@ from .select import Bracket
 from .weights import Scaled, Weight, power_of_two
 
 NOTHING = -(2**40)  # the exponent of a flow of zeros, below that of any other
-POWERS = {WeightMap.ONE: 0.0, WeightMap.ABS: 1.0, WeightMap.SQUARE: 2.0}
+POWERS = {WeightMap.ONE: 0.0, WeightMap.ABS: 1.0, WeightMap.IDENTITY: 1.0, WeightMap.SQUARE: 2.0}
 
 
 class PathFlow:
@@ -75,6 +75,7 @@ class PathFlow:
         self._saved: dict[int, Any] = {}
         self.values: dict[int, Scaled] = {}
         self.keep_flows = False  # keep every node's forward and backward flow, to look at (conservation, reports)
+        self.leaving: dict[int, Scaled] = {}  # the backward flow at an output, where it is not ones
         self.backward_flows: dict[int, Scaled] = {}
         self.input_flows: dict[tuple[int, int], Scaled] = {}  # (node, slot) -> what goes back along that input
 
@@ -196,10 +197,15 @@ class PathFlow:
         """The same numbers with a maximum in [1/2, 1); a flow of zeros never sets the exponent of a sum."""
         if tensor.numel() == 0:
             return Scaled(tensor, exponent)
-        peak = tensor.reshape(self.members, -1).amax(1)
+        peak = self._peak(tensor.reshape(self.members, -1))
         shift = torch.frexp(peak).exponent.to(torch.int64)
         scaled = tensor * self._by(power_of_two(-shift, self.dtype), tensor)
         return Scaled(scaled, torch.where(peak > 0, exponent + shift, NOTHING))
+
+    @staticmethod
+    def _peak(rows: Tensor) -> Tensor:
+        """The largest magnitude of each row: path flow is never negative."""
+        return rows.amax(1)
 
     def _mapped(self, function: Callable[..., Tensor], tensors: Sequence[Tensor]) -> Tensor:
         """A function of traced shapes, over members and sources."""
@@ -372,8 +378,8 @@ class PathFlow:
         self._saved.clear()
 
     def _outgoing(self, k: int) -> Scaled:
-        """The backward flow at an output: ones."""
-        return Scaled(torch.ones_like(self.values[k].tensor), self._zero_exponent())
+        """The backward flow at an output: ones, or what was put into ``leaving``."""
+        return self.leaving.get(k) or Scaled(torch.ones_like(self.values[k].tensor), self._zero_exponent())
 
     def _backward_input(self, k: int, node: Node, g: Scaled, guess: Bracket | None) -> list[Scaled]:
         return []

@@ -49,6 +49,7 @@ class PathNetwork:
         self.prunable: tuple[str, ...] = ()
         self.unreached: tuple[str, ...] = ()
         self.model: nn.Module | None = None
+        self.whole: PathNetwork = self  # with all positions, where this one has distinct ones only
         self._fixed: set[str] = set()  # weights that are also used as something that is not prunable
         self._source: dict[str, Tensor] = {}  # the tensors of the model that nodes may ask for
 
@@ -246,6 +247,19 @@ class PathNetwork:
     def __repr__(self) -> str:
         weights = sum(self.tensors[name].numel() for name in self.prunable)
         return f"PathNetwork({len(self.nodes)} nodes, {len(self.prunable)} prunable tensors, {weights:,} weights)"
+
+
+def as_network(model: nn.Module | PathNetwork, example_input: Any) -> PathNetwork:
+    """A path network as it is; a module by way of ``PathNetwork.from_module``."""
+    if isinstance(model, PathNetwork):
+        if not model.outputs:
+            raise ValueError("prune: model: wanted a PathNetwork with outputs (set_outputs), got none")
+        return model
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"prune: model: wanted a module or PathNetwork, got {type(model).__name__}")
+    if example_input is None:
+        raise ValueError("prune: example_input: wanted an input the model accepts, got None")
+    return PathNetwork.from_module(model, example_input)
 
 
 class SupportReport:

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from ._mask_io import base_hash
 from .liveness import Reach, reach
 from .masks import Masks
-from .network import PathNetwork
-from .pruners.base import Pruner, Round, Scope, Selection, weights_of
+from .network import PathNetwork, as_network
+from .pruners.base import Pruner, Round, Scope, Selection
 from .schedules import layer_densities, rounds_of
 from .spatial import merge_equal_positions
 from .version import __version__
+from .weights import weights_of
 
 
 def prune(
@@ -119,19 +120,6 @@ def prune(
         }
         results.append(Masks.from_packed(bits, metadata))
     return results if isinstance(density if density is not None else sparsity, (list, tuple)) else results[0]
-
-
-def as_network(model: nn.Module | PathNetwork, example_input: Any) -> PathNetwork:
-    """A path network as it is; a module by way of ``PathNetwork.from_module``."""
-    if isinstance(model, PathNetwork):
-        if not model.outputs:
-            raise ValueError("prune: model: wanted a PathNetwork with outputs (set_outputs), got none")
-        return model
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"prune: model: wanted a module or PathNetwork, got {type(model).__name__}")
-    if example_input is None:
-        raise ValueError("prune: example_input: wanted an input the model accepts, got None")
-    return PathNetwork.from_module(model, example_input)
 
 
 def _densities(density: Any, sparsity: Any, scope: Scope) -> list[float]:

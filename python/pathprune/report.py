@@ -23,12 +23,11 @@ from ._mask_io import MaskMismatchError, write_atomically
 from .flow import PathFlow
 from .liveness import Branch, LayerReach, Reach, reach
 from .masks import Masks
-from .network import PathNetwork
+from .network import PathNetwork, as_network
 from .ops import WeightMap
 from .policy import policy_of
-from .pruners.base import weights_of
-from .pruning import as_network
 from .spatial import merge_equal_positions
+from .weights import weights_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from .flow import PathFlow
 from .masks import Masks
-from .network import PathNetwork
+from .network import PathNetwork, as_network
 from .policy import policy_of
-from .pruners.base import PathPruner, Pruner, weights_of
-from .pruning import as_network
+from .pruners.base import PathPruner, Pruner
 from .spatial import merge_equal_positions
+from .weights import weights_of
 
 Network = nn.Module | PathNetwork
 WeightSet = Mapping[str, Tensor]

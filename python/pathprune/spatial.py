@@ -51,6 +51,7 @@ class _Merger:
     def __init__(self, network: PathNetwork) -> None:
         self.old = network
         self.new = copy.copy(network)
+        self.new.whole = network
         self.new.nodes = []
         self.done: dict[int, _Merged] = {}
 

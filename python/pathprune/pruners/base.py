@@ -14,11 +14,10 @@ from torch import Tensor
 from .. import ops
 from ..flow import PathFlow
 from ..network import PathNetwork
-from ..nodes import Synapse
 from ..ops import WeightMap
 from ..policy import Policy, policy_of
 from ..select import Bracket, Real, Threshold, select
-from ..weights import Scratch, Weight
+from ..weights import Weight
 
 Scorer = Callable[[Bracket | None], float | None]
 """Makes the scores of every scored weight under its present mask; returns log2 R where there is one."""
@@ -104,59 +103,6 @@ class PathPruner(Pruner):
             return total
 
         return score
-
-
-def weights_of(
-    network: PathNetwork,
-    names: Sequence[str],
-    maps: tuple[WeightMap, WeightMap],
-    *,
-    masks: Mapping[str, Tensor] | None = None,
-    tensors: Mapping[str, Tensor] | None = None,
-    compact: float = 0.0,
-) -> dict[str, Weight]:
-    """A :class:`Weight` for every tensor the network's synapses use; those in ``names`` are scored.
-
-    Args:
-        masks: bool tensors of weights that are left.
-        tensors: in place of the network's own, ``[E, *shape]`` each: an ensemble.
-        compact: density below which streamed weights are packed.
-
-    Raises:
-        ValueError: NaN or infinite weights, with the tensor's name.
-    """
-    scratch = Scratch()
-    synapses = [network.nodes[k] for k in network.synapses()]
-    weights: dict[str, Weight] = {}
-    for node in synapses:
-        assert isinstance(node, Synapse)
-        if node.weight in weights:
-            continue
-        tensor = (tensors or network.tensors)[node.weight].detach()
-        check_finite(node.weight, tensor)
-        weights[node.weight] = Weight(
-            node.weight,
-            tensor,
-            node,
-            f=maps[0],
-            s=maps[1],
-            uses=sum(isinstance(n, Synapse) and n.weight == node.weight for n in synapses),
-            scored=node.weight in names,
-            mask=masks.get(node.weight) if masks else None,
-            ensemble=tensors is not None,
-            compact=compact,
-            scratch=scratch,
-        )
-    return weights
-
-
-def check_finite(name: str, tensor: Tensor) -> None:
-    """Raises ValueError for NaN or infinite weights."""
-    if tensor.numel() == 0:
-        raise ValueError(f"prune: weight '{name}': wanted at least one element, got shape {tuple(tensor.shape)}")
-    low, high = torch.aminmax(tensor)
-    if not (math.isfinite(float(low)) and math.isfinite(float(high))):
-        raise ValueError(f"prune: weight '{name}': wanted finite values, got NaN or infinite ones")
 
 
 @dataclass(frozen=True)

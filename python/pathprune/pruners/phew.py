@@ -14,7 +14,8 @@ from ..path_kernel import log2_trace
 from ..path_sampling import FlowWalks
 from ..walk_masks import Marked, WalkMasks
 from ..walks import WalkRule, Walks
-from .base import Pruner, Round, Selection, check_finite
+from ..weights import check_finite
+from .base import Pruner, Round, Selection
 
 
 @dataclass(frozen=True)

@@ -21,13 +21,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..flow import PathFlow
 from ..network import PathNetwork
-from ..nodes import Norm, Product, Synapse
 from ..ops import WeightMap
 from ..policy import policy_of
 from ..select import Bracket
-from ..weights import Scaled, Weight
+from ..tangent import TangentFlow
+from ..weights import Weight
 from .base import PathPruner, Scorer
 
 _L2_MAPS = {
@@ -133,99 +132,30 @@ class TraceSaliency(PathPruner):
 
     Tr = sum_i dR_2/du_i over live weights. R_2 is multi-affine in u, so deleting weight j loses exactly
     ``dR/du_j + u_j (H m)_j`` with H the Hessian of R_2 and m the 0/1 mask: one gradient and one Hessian-vector
-    product, made here as a forward and a backward flow that carry their derivative along m.
+    product (:mod:`pathprune.tangent`).
     """
 
     policy: str = field(default="paths", kw_only=True)
-
-    @property
-    def wants_merged_positions(self) -> bool:
-        return False
 
     @property
     def maps(self) -> tuple[WeightMap, WeightMap]:
         return WeightMap.SQUARE, WeightMap.SQUARE
 
     def scorer(self, network: PathNetwork, weights: Mapping[str, Weight], seed: int) -> Scorer:
-        flow = TangentFlow(network, weights, policy=policy_of(self.policy))
+        flow = TangentFlow(network, weights, policy_of(self.policy))
+
+        def take(weight: Weight, gradient: Tensor | None, product: Tensor, exponent: Tensor) -> None:
+            assert gradient is not None
+            loss = torch.addcmul(gradient, weight.effective().reshape(gradient.shape), product)
+            weight.take_scores(loss.mul_(_left(weight, loss)), exponent)  # the uses of a tied weight add up
 
         def score(guess: Bracket | None) -> float:
-            total = float(flow.forward()[0])
-            flow.backward()
-            return total
+            masks = {name: _left(weight, weight.effective()) for name, weight in weights.items()}
+            return flow.run(masks, take)
 
         return score
 
 
-class TangentFlow(PathFlow):
-    """Flow of the squared network together with its derivative along the mask.
-
-    The two travel as two sources, so every fixed linear map serves both; only synapses mix them.
-    """
-
-    def __init__(self, network: PathNetwork, weights: Mapping[str, Weight], **options: object) -> None:
-        super().__init__(network, weights, f=WeightMap.SQUARE, **options)  # type: ignore[arg-type]
-        for k in self._order:
-            node = network.nodes[k]
-            if isinstance(node, (Norm, Product)) or (self._fixed[k] is not None and type(node).__name__ == "Shift"):
-                raise ValueError(f"TraceSaliency: wanted a network whose flow is multi-affine, got {node.where}")
-        self.sources, self.batched = 2, True
-
-    def _log2_total(self) -> Tensor:
-        totals = self.values
-        self.values = {k: Scaled(flow.tensor[:, :1], flow.exponent) for k, flow in totals.items()}
-        result = super()._log2_total()
-        self.values = totals
-        return result
-
-    def _forward_input(self, k: int, node: object, entering: list[Scaled]) -> Scaled:
-        flow = super()._forward_input(k, node, entering)  # type: ignore[arg-type]
-        tensor = flow.tensor.clone()
-        tensor[:, 1] = 0
-        return Scaled(tensor, flow.exponent)
-
-    def _apply(self, x: Tensor, w: Tensor, node: Synapse) -> Tensor:
-        """One source through a weight tensor, for traced shapes."""
-        if node.form == "linear":
-            return x @ w.T
-        if node.form == "linear_t":
-            return x @ w
-        return self._geometry_conv(x, w, node)
-
-    @staticmethod
-    def _geometry_conv(x: Tensor, w: Tensor, node: Synapse) -> Tensor:
-        padding = node.output_padding or (0,) * len(node.stride)
-        transposed = node.form == "conv_transpose"
-        return torch.convolution(x, w, None, node.stride, node.padding, node.dilation, transposed, padding, node.groups)
-
-    def _forward_synapse(self, k: int, node: Synapse, entering: list[Scaled]) -> Scaled:
-        weight = self.weights[node.weight]
-        u, along = weight.effective(), self._mask(weight)
-        a, tangent = entering[0].tensor[0]
-        with torch.enable_grad():
-            leaves = [t.detach().requires_grad_() for t in (a, tangent, u, along)]
-            first = self._apply(leaves[0], leaves[2], node)
-            second = self._apply(leaves[1], leaves[2], node) + self._apply(leaves[0], leaves[3], node)
-        self._saved[k] = (leaves, first, second, entering[0].exponent)
-        return self._normalised(torch.stack([first.detach(), second.detach()])[None], entering[0].exponent)
-
-    def _mask(self, weight: Weight) -> Tensor:
-        return weight.bits().to(self.device, self.dtype)
-
-    def _outgoing(self, k: int) -> Scaled:
-        flow = super()._outgoing(k)
-        flow.tensor[:, 1] = 0
-        return flow
-
-    def _backward_synapse(self, k: int, node: Synapse, g: Scaled, guess: Bracket | None) -> list[Scaled]:
-        weight = self.weights[node.weight]
-        (a, tangent, u, along), first, second, exponent = self._saved.pop(k)
-        flow, slope = g.tensor[0]
-        # The adjoint of (first, second) at (slope, flow) is the derivative of the adjoint of first at flow.
-        inward, inward_slope, hessian, gradient = torch.autograd.grad(
-            (first, second), (tangent, a, u, along), (slope, flow)
-        )
-        if self.scored and weight.scored:
-            loss = gradient + u.detach() * hessian
-            weight.take_scores(loss * along.detach(), g.exponent + exponent)  # makes tied uses add up
-        return [self._normalised(torch.stack([inward, inward_slope])[None], g.exponent)]
+def _left(weight: Weight, like: Tensor) -> Tensor:
+    """1 where a weight is left, 0 where it is not."""
+    return weight.bits().to(like)

@@ -1,0 +1,192 @@
+"""Path flow of the squared network together with its derivative along a direction of u = w^2.
+
+With U = u on the weights, a and g the flows, and Z the direction: ``a' = U a_in' + Z a_in`` forward,
+``g_in' = U^T g' + Z^T g`` backward. The gradient of R is ``g a^T`` and its Hessian times Z is ``g' a^T + g a'^T``
+(R is multi-affine in u, so its diagonal is zero). Flow and derivative travel as two sources: every fixed linear map
+serves both, only synapses mix them.
+
+Bytes: U and Z are read twice each, the gradient and the product are written once. Oracle: enumeration of paths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from .flow import PathFlow, _geometry
+from .network import PathNetwork
+from .nodes import Node, Norm, Product, Shift, Synapse
+from .ops import WeightMap
+from .policy import Policy
+from .select import Bracket
+from .weights import Scaled, Weight
+
+Sink = Callable[[Weight, Tensor | None, Tensor, Tensor], None]
+"""Takes (weight, gradient, Hessian-vector product, exponent), both of the weight's shape times 2^exponent."""
+
+
+class TangentFlow(PathFlow):
+    """Gradient and Hessian-vector products of R_2.
+
+    Args:
+        network, weights, policy: as for :class:`PathFlow`; the weights' map is ``SQUARE``.
+
+    Raises:
+        ValueError: a network whose R is not multi-affine in u (norms without statistics, products, biases that flow).
+    """
+
+    def __init__(self, network: PathNetwork, weights: Mapping[str, Weight], policy: Policy) -> None:
+        super().__init__(network, weights, f=WeightMap.SQUARE, policy=policy)
+        for k in self._order:
+            node = network.nodes[k]
+            if isinstance(node, (Norm, Product)) or (isinstance(node, Shift) and self._fixed[k] is not None):
+                raise ValueError(f"TangentFlow: wanted a network whose flow is multi-affine, got {node.where}")
+        self.sources, self.batched = 2, True
+        self._along: Mapping[str, Tensor] = {}
+        self._sink: Sink | None = None
+        self._wants_gradient = True
+
+    def run(self, along: Mapping[str, Tensor], sink: Sink, gradient: bool = True) -> float:
+        """One forward and one backward sweep; returns log2 R_2.
+
+        Args:
+            along: the direction of u, for every weight the synapses use, shaped like it.
+            sink: called once for every use of a scored weight.
+            gradient: whether the gradient is wanted too.
+        """
+        self._along, self._sink, self._wants_gradient = along, sink, gradient
+        total = float(self.forward()[0])
+        self.backward()
+        self._sink = None
+        return total
+
+    # A derivative has either sign.
+    @staticmethod
+    def _peak(rows: Tensor) -> Tensor:
+        low, high = torch.aminmax(rows, dim=1)
+        return torch.maximum(-low, high)
+
+    def _log2_total(self) -> Tensor:
+        both = self.values
+        self.values = {k: Scaled(both[k].tensor[:, :1], both[k].exponent) for k in self.network.outputs}
+        result = super()._log2_total()
+        self.values = both
+        return result
+
+    def _forward_input(self, k: int, node: Node, entering: list[Scaled]) -> Scaled:
+        flow = super()._forward_input(k, node, entering)  # type: ignore[arg-type]
+        tensor = flow.tensor.clone()
+        tensor[:, 1] = 0
+        return Scaled(tensor, flow.exponent)
+
+    _forward_constant = _forward_input  # unreachable in effect: biases that flow were refused
+
+    def _outgoing(self, k: int) -> Scaled:
+        flow = super()._outgoing(k)
+        flow.tensor[:, 1] = 0
+        return flow
+
+    def _direction(self, weight: Weight) -> Tensor:
+        return self._along[weight.name].to(self.device, self.dtype)
+
+    # ----------------------------------------------------------------------------------------------- synapses
+
+    def _forward_synapse(self, k: int, node: Synapse, entering: list[Scaled]) -> Scaled:
+        weight, x = self.weights[node.weight], entering[0]
+        u, z = weight.effective(), self._direction(weight)
+        if node.form.startswith("conv"):
+            both = x.tensor.flatten(0, 2)  # [flow, derivative]
+            y = torch.convolution(both, u, None, *_geometry(node))
+            y[1:] += torch.convolution(both[:1], z, None, *_geometry(node))
+            result = y[None].unsqueeze(2)
+            self._saved[k] = (both, x.exponent)
+        else:
+            rows = self._both_rows(x.tensor, node)
+            half = rows.shape[1] // 2
+            y = torch.bmm(rows, self._matrix(u, weight, node))
+            y[:, half:] += torch.bmm(rows[:, :half], self._matrix(z, weight, node))
+            result = self._unrowed(y, None, x.tensor, node)
+            self._saved[k] = (rows, x.exponent)
+        return self._normalised(result, x.exponent)
+
+    def _both_rows(self, x: Tensor, node: Synapse) -> Tensor:
+        """[G, 2 T, in]: the rows of the flow, then those of its derivative."""
+        return self._rows(x, node)[0] if node.form == "rows" else x.reshape(1, -1, x.shape[-1])
+
+    @staticmethod
+    def _matrix(values: Tensor, weight: Weight, node: Synapse) -> Tensor:
+        """[G, in, out]"""
+        rows = values.reshape(weight.groups, -1, weight.columns)
+        return rows if node.form == "linear_t" else rows.transpose(1, 2)
+
+    def _backward_synapse(self, k: int, node: Synapse, g: Scaled, guess: Bracket | None) -> list[Scaled]:
+        weight = self.weights[node.weight]
+        u, z = weight.effective(), self._direction(weight)
+        wants = self.scored and weight.scored
+        wants_flow = node.inputs[0] in self._carries or self.keep_flows
+        x, exponent = self._saved.pop(k)
+        step = self._conv_step if node.form.startswith("conv") else self._row_step
+        inward, first, second = step(node, weight, g.tensor, x, u, z, wants, wants_flow)
+        if wants:
+            assert self._sink is not None and second is not None
+            self._sink(weight, first, second, g.exponent + exponent)
+        return [self._normalised(inward, g.exponent)]
+
+    def _conv_step(
+        self,
+        node: Synapse,
+        weight: Weight,
+        g: Tensor,
+        x: Tensor,
+        u: Tensor,
+        z: Tensor,
+        wants: bool,
+        wants_flow: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        def adjoint(g: Tensor, x: Tensor, w: Tensor, flow: bool, gradient: bool) -> tuple[Tensor, ...]:
+            mask = [flow, gradient, False]
+            return torch.ops.aten.convolution_backward(g, x, w, None, *_geometry(node), mask)[:2]
+
+        both = g.flatten(0, 2)
+        inward = torch.zeros_like(x)
+        if wants_flow:
+            inward = adjoint(both, x, u, True, False)[0]
+            inward[1:] += adjoint(both[:1], x[:1], z, True, False)[0]
+        first = second = None
+        if wants:
+            second = adjoint(both.flip(0), x, u, False, True)[1]
+            if self._wants_gradient:
+                first = adjoint(both[:1], x[:1], u, False, True)[1]
+        return inward[None].unsqueeze(2), first, second
+
+    def _row_step(
+        self,
+        node: Synapse,
+        weight: Weight,
+        g: Tensor,
+        x: Tensor,
+        u: Tensor,
+        z: Tensor,
+        wants: bool,
+        wants_flow: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        left = self._both_rows(g, node)
+        half = left.shape[1] // 2
+        inward = torch.bmm(left, self._matrix(u, weight, node).transpose(1, 2))
+        inward[:, half:] += torch.bmm(left[:, :half], self._matrix(z, weight, node).transpose(1, 2))
+        first = second = None
+        if wants:
+            turned = torch.cat([left[:, half:], left[:, :half]], 1)
+            second = self._outer(turned, x, weight, node)
+            if self._wants_gradient:
+                first = self._outer(left[:, :half], x[:, :half], weight, node)
+        like = inward if node.form == "rows" else g
+        return self._unrowed(inward, None, like, node), first, second
+
+    @staticmethod
+    def _outer(g: Tensor, x: Tensor, weight: Weight, node: Synapse) -> Tensor:
+        """sum_t g_t x_t^T, laid as the weight is stored."""
+        left, right = (x, g) if node.form == "linear_t" else (g, x)
+        return torch.bmm(left.transpose(1, 2), right).reshape(weight.shape)
