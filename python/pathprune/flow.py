@@ -28,7 +28,7 @@ from .ops import WeightMap
 from .policy import Policy
 from .pooling import pooled
 from .select import Bracket
-from .weights import Scaled, Weight, power_of_two
+from .weights import Scaled, Weight, accumulate_type, power_of_two
 
 NOTHING = -(2**40)  # the exponent of a flow of zeros, below that of any other
 POWERS = {WeightMap.ONE: 0.0, WeightMap.ABS: 1.0, WeightMap.IDENTITY: 1.0, WeightMap.SQUARE: 2.0}
@@ -96,13 +96,16 @@ class PathFlow:
             if tensor.shape[-len(shape) + 1 :] != shape[1:] and tensor.shape != shape[1:]:
                 raise ValueError(f"source: wanted one sample of shape {tuple(shape[1:])}, got {tuple(tensor.shape)}")
             tensor = tensor.detach().to(self.device, self.dtype).reshape(-1, *shape)
-            if not bool(torch.isfinite(tensor).all()) or bool((tensor < 0).any()):
-                raise ValueError("source: wanted finite values >= 0 (an image scaled to [0, 1], say), got others")
+            self._checked_source(tensor)
             if count not in (None, tensor.shape[0]):
                 raise ValueError(f"source: wanted {count} sources for every input, got {tensor.shape[0]}")
             count = tensor.shape[0]
             self._source[k] = tensor
         return count or 1
+
+    def _checked_source(self, tensor: Tensor) -> None:
+        if not bool(torch.isfinite(tensor).all()) or bool((tensor < 0).any()):
+            raise ValueError("source: wanted finite values >= 0 (an image scaled to [0, 1], say), got others")
 
     def _constant(self, node: Node) -> Tensor | None:
         """A node's fixed numbers, raised to the power; they do not change while weights are pruned."""
@@ -480,21 +483,3 @@ def _turned(node: Synapse, weight: Weight) -> bool:
 def _geometry(node: Synapse) -> tuple[Any, ...]:
     padding = node.output_padding or (0,) * len(node.stride)
     return (node.stride, node.padding, node.dilation, node.form == "conv_transpose", padding, node.groups)
-
-
-def accumulate_type(network: PathNetwork) -> torch.dtype:
-    """float64 for float64 weights, else float32.
-
-    Raises:
-        ValueError: float64 weights mixed with others, or integer weights.
-    """
-    types = {network.tensors[name].dtype for name in (node.weight for node in _synapses(network))}
-    if not types <= {torch.float64} and not types <= {torch.float32, torch.bfloat16, torch.float16}:
-        raise ValueError(
-            f"PathFlow: wanted float32/bfloat16/float16 weights, or all float64, got {sorted(map(str, types))}"
-        )
-    return torch.float64 if types == {torch.float64} else torch.float32
-
-
-def _synapses(network: PathNetwork) -> list[Synapse]:
-    return [node for k, node in enumerate(network.nodes) if k in network.alive and isinstance(node, Synapse)]

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from .nodes import Constant, Gate, Input, Node, Scale, Shift, Sum, Synapse, Wire
 from .tracer import (
+    Forward,
     Tracer,
     UnsupportedModelError,
     canonical_names,
@@ -49,6 +50,8 @@ class PathNetwork:
         self.prunable: tuple[str, ...] = ()
         self.unreached: tuple[str, ...] = ()
         self.model: nn.Module | None = None
+        self.forward: Forward | None = None  # the model's own computation, where it was read from one
+        self.gates: dict[int, str] = {}  # gate or max-pool node -> the operator's name in that computation
         self.whole: PathNetwork = self  # with all positions, where this one has distinct ones only
         self._fixed: set[str] = set()  # weights that are also used as something that is not prunable
         self._source: dict[str, Tensor] = {}  # the tensors of the model that nodes may ask for

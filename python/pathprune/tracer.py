@@ -5,17 +5,36 @@ from __future__ import annotations
 import operator as python_operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from .nodes import Expression, Input, Node, Tensors, WireMap
+from .nodes import Expression, Gate, Input, Node, Pool, Tensors, WireMap
 from .rules import RULES, RuleError
 
 if TYPE_CHECKING:
     from .network import PathNetwork
+
+
+_USER_INPUT = torch.export.graph_signature.InputKind.USER_INPUT
+
+
+@dataclass(frozen=True)
+class Forward:
+    """The model's own computation for one sample, as it was exported in eval mode.
+
+    Attributes:
+        graph: the ATen graph.
+        feeds: for each of its inputs: the name of a tensor of the network, a literal, or None for a model input.
+        keywords: names of the model inputs that are given by keyword, in order.
+    """
+
+    graph: fx.GraphModule
+    feeds: tuple[str | Tensor | None, ...]
+    keywords: tuple[str, ...]
 
 
 class UnsupportedModelError(ValueError):
@@ -43,12 +62,20 @@ class Tracer:
             if node.op != "placeholder":
                 continue
             spec = specs[node.name]
-            if spec.kind == torch.export.graph_signature.InputKind.USER_INPUT:
+            if spec.kind == _USER_INPUT:
                 self._enter_input(node, next(examples))
             elif spec.target in canonical:
                 self._names[node] = canonical[spec.target]
             else:
                 self._literals[node] = program.constants[spec.target]
+
+        feeds = [self._names.get(n, self._literals.get(n)) for n in self.graph.nodes if n.op == "placeholder"]
+        asked = [specs[n.name].kind == _USER_INPUT for n in self.graph.nodes if n.op == "placeholder"]
+        net.forward = Forward(
+            program.graph_module,
+            tuple(None if own else feed for own, feed in zip(asked, feeds, strict=True)),
+            tuple(program.example_inputs[1]) if program.example_inputs else (),
+        )
 
     def _enter_input(self, node: fx.Node, example: Any) -> None:
         if not isinstance(example, Tensor):
@@ -79,6 +106,7 @@ class Tracer:
             return
         name, schema = self.operator(node), getattr(node.target, "_schema", None)
         reads_flow = any(argument in self._flows for argument in node.all_input_nodes)
+        before = len(self.net.nodes)
         try:
             if schema is not None and schema.is_mutable:
                 self._check_views(node)
@@ -87,6 +115,10 @@ class Tracer:
             if schema is None or name not in RULES:
                 raise RuleError("no rule for this operator")
             self._flows[node] = RULES[name](self, node, self._bind(node))
+            for k in range(before, len(self.net.nodes)):
+                made = self.net.nodes[k]
+                if isinstance(made, Gate) or (isinstance(made, Pool) and made.kind == "max"):
+                    self.net.gates[k] = node.name
         except RuleError as error:
             raise UnsupportedModelError(
                 f"PathNetwork: operator aten.{name} in module {self.module_path(node)}: {error}; to support it, write "

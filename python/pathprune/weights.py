@@ -431,6 +431,24 @@ def check_finite(name: str, tensor: Tensor) -> None:
         raise ValueError(f"prune: weight '{name}': wanted finite values, got NaN or infinite ones")
 
 
+def accumulate_type(network: PathNetwork) -> torch.dtype:
+    """float64 for float64 weights, else float32.
+
+    Raises:
+        ValueError: float64 weights mixed with others, or integer weights.
+    """
+    types = {network.tensors[name].dtype for name in (node.weight for node in _synapses(network))}
+    if not types <= {torch.float64} and not types <= {torch.float32, torch.bfloat16, torch.float16}:
+        raise ValueError(
+            f"PathFlow: wanted float32/bfloat16/float16 weights, or all float64, got {sorted(map(str, types))}"
+        )
+    return torch.float64 if types == {torch.float64} else torch.float32
+
+
+def _synapses(network: PathNetwork) -> list[Synapse]:
+    return [node for k, node in enumerate(network.nodes) if k in network.alive and isinstance(node, Synapse)]
+
+
 def _full_mask(rows: Tensor) -> Tensor:
     """Row words with every bit of [G, O, K] set."""
     columns = rows.shape[-1]

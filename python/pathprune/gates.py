@@ -1,0 +1,225 @@
+"""Data in path arithmetic: the gates a real forward pass opens, and the flow that passes them.
+
+For an input x the network is linear along its open paths: ``f(x) = sum_p x_p a_p(x) v_p``, with ``a_p`` the product of
+the gates on p. A ReLU's gate is 1 or 0; of any activation through zero it is ``phi(z) / z`` (0 at z = 0); a max-pool
+lets the winner through. Gates are recorded from the model itself, run on the masked weights.
+
+Bytes: a batch's activations once for the model, once for each flow; weights once a batch. Oracle: the model's output,
+which the signed gated flow gives again; enumeration of paths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
+
+from .batches import Batch
+from .flow import PathFlow
+from .network import PathNetwork
+from .nodes import Expression, Gate, Node, Norm, Pool, Product
+from .ops import WeightMap
+from .policy import Policy
+from .select import Bracket
+from .weights import Scaled, Weight
+
+_SHIFTED = ("sigmoid", "hardsigmoid", "softplus", "log_sigmoid", "clamp", "clamp_min", "clamp_max", "threshold")
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What a batch does to the gates.
+
+    Attributes:
+        inputs: the floating-point inputs, [N, 1, *sample] each.
+        outputs: the model's outputs, [N, *shape] each.
+        gates: node -> bool or factor [N, *shape] of a gate; of a max-pool the winners' flat positions, int64.
+    """
+
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    gates: Mapping[int, Tensor]
+
+    def sample(self, n: int) -> Recording:
+        """One sample of the batch."""
+        inputs, outputs = (tuple(t[n : n + 1] for t in part) for part in (self.inputs, self.outputs))
+        return Recording(inputs, outputs, {k: gate[n : n + 1] for k, gate in self.gates.items()})
+
+
+def record(network: PathNetwork, batch: Batch, weights: Mapping[str, Tensor], who: str) -> Recording:
+    """Runs the model in eval mode on a batch and keeps its gates. The model is not touched.
+
+    Args:
+        weights: name -> tensors in place of the model's own (masked weights, say).
+
+    Raises:
+        ValueError: a network made by hand, an activation that has no gate, inputs of another shape, or outputs that
+            are not finite.
+    """
+    forward = network.forward
+    if forward is None:
+        raise ValueError(f"{who}: model: wanted one that was read from a module, got a PathNetwork made by hand")
+    for k in network.gates:
+        node = network.nodes[k]
+        if isinstance(node, Gate) and node.name in _SHIFTED:
+            raise ValueError(f"{who}: model: wanted activations through zero, got {node.name} in {node.where}")
+    tensors = {**network.tensors, **network._source, **weights}
+    given = tree_leaves((batch.args, [batch.kwargs[key] for key in forward.keywords] if batch.kwargs else []))
+    wanted = sum(feed is None for feed in forward.feeds)
+    if len(given) != wanted:
+        raise ValueError(f"{who}: data: wanted {wanted} model inputs, got {len(given)}")
+    shapes = [node.meta["val"].shape for node, feed in _placeholders(forward.graph, forward.feeds) if feed is None]
+    for x, shape in zip(given, shapes, strict=True):
+        if x.shape[1:] != shape[1:]:
+            raise ValueError(f"{who}: data: wanted samples of shape {tuple(shape[1:])}, got {tuple(x.shape[1:])}")
+    names = {name: k for k, name in network.gates.items()}
+
+    def one(*sample: Tensor) -> tuple[tuple[Tensor, ...], dict[int, Tensor]]:
+        inputs = iter(x.unsqueeze(0) for x in sample)
+        fed = [next(inputs) if f is None else tensors[f] if isinstance(f, str) else f for f in forward.feeds]
+        run = _Run(forward.graph, names, network)
+        outputs = run.run(*fed)
+        return tuple(a for a in tree_leaves(outputs) if isinstance(a, Tensor)), run.kept
+
+    dtype = _dtype(network)
+    given = [x.to(network.device, dtype) if x.is_floating_point() else x.to(network.device) for x in given]
+    with torch.no_grad():
+        outputs, gates = torch.vmap(one)(*given)
+    if not all(bool(torch.isfinite(out).all()) for out in outputs if out.is_floating_point()):
+        raise ValueError(f"{who}: model: wanted finite outputs, got NaN or infinite ones")
+    return Recording(tuple(x.unsqueeze(1) for x in given if x.is_floating_point()), outputs, gates)
+
+
+def _placeholders(graph: fx.GraphModule, feeds: Sequence[Any]) -> list[tuple[fx.Node, Any]]:
+    return list(zip((n for n in graph.graph.nodes if n.op == "placeholder"), feeds, strict=True))
+
+
+def _dtype(network: PathNetwork) -> torch.dtype:
+    """The model's own floating-point type."""
+    return next(t.dtype for name, t in network.tensors.items() if name in network.prunable)
+
+
+class _Run(fx.Interpreter):
+    """Runs the exported graph, keeping gates on the way."""
+
+    def __init__(self, graph: fx.GraphModule, names: Mapping[str, int], network: PathNetwork) -> None:
+        super().__init__(graph)
+        self.names, self.network = names, network
+        self.kept: dict[int, Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        k = self.names.get(n.name)
+        if k is None or k not in self.network.alive:
+            return super().run_node(n)
+        node = self.network.nodes[k]
+        z = self.fetch_args_kwargs_from_env(n)[0][0]
+        if isinstance(node, Pool):
+            self.kept[k] = _winners(z, node)
+            return super().run_node(n)
+        if node.name == "relu":  # type: ignore[attr-defined]
+            out = super().run_node(n)
+            self.kept[k] = out > 0
+            return out
+        before = z.clone()  # an operator in place overwrites it
+        out = super().run_node(n)
+        self.kept[k] = torch.where(before == 0, 0, out / before)
+        return out
+
+
+def _winners(z: Tensor, node: Pool) -> Tensor:
+    """Flat positions, over the pooled axes, of the largest in each window."""
+    pool = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}[len(node.kernel)]
+    window = (node.kernel, node.stride, node.padding, node.dilation)
+    return pool(z, *window, ceil_mode=node.ceil_mode, return_indices=True)[1]
+
+
+class GatedFlow(PathFlow):
+    """Path flow through recorded gates: the samples of a batch are its sources.
+
+    With weights mapped by ``ONE`` and squared inputs it is the data factor of the NTK, ``g_k(x^2; a(x))``: gates count
+    squared. Fixed constants (pooling, norms) belong to the value of a path, so they are 1 here.
+
+    Args:
+        network: with all its positions; read from a module.
+        signed: flow of the signed network instead (weights mapped by ``IDENTITY``): its output is the model's.
+    """
+
+    def __init__(
+        self,
+        network: PathNetwork,
+        weights: Mapping[str, Weight],
+        recording: Recording,
+        policy: Policy,
+        *,
+        source: Sequence[Tensor],
+        signed: bool = False,
+        scored: bool = False,
+    ) -> None:
+        self.recording, self.signed = recording, signed
+        f = WeightMap.IDENTITY if signed else WeightMap.ONE
+        super().__init__(network, weights, f=f, policy=policy, source=[x.flatten(0, 1) for x in source], scored=scored)
+        self.batched = True
+        for k in self._order:
+            if signed and isinstance(network.nodes[k], (Norm, Product)):
+                raise ValueError(f"GatedFlow: wanted a network that is linear between gates, got {network.nodes[k]}")
+
+    # --------------------------------------------------------------------------------------------------- signs
+
+    def _peak(self, rows: Tensor) -> Tensor:  # type: ignore[override]
+        if not self.signed:
+            return super()._peak(rows)
+        low, high = torch.aminmax(rows, dim=1)
+        return torch.maximum(-low, high)
+
+    def _powered(self, node: Node, expression: Expression) -> Tensor:
+        if not self.signed:
+            return super()._powered(node, expression)
+        with torch.no_grad():
+            return expression(self.network.tensors).detach().to(self.device, self.dtype)
+
+    def _checked_source(self, tensor: Tensor) -> None:
+        if not self.signed:
+            super()._checked_source(tensor)
+
+    def _log2_total(self) -> Tensor:
+        return torch.full((self.members,), torch.nan, dtype=torch.float64) if self.signed else super()._log2_total()
+
+    # --------------------------------------------------------------------------------------------------- gates
+
+    def _factor(self, k: int) -> Tensor | None:
+        """What a gate multiplies the flow with, [1, N, *shape]."""
+        gate = self.recording.gates.get(k)
+        if gate is None:
+            return None
+        return (gate if self.signed or gate.dtype == torch.bool else gate.square())[None]
+
+    def _forward_gate(self, k: int, node: Gate, entering: list[Scaled]) -> Scaled:
+        factor = self._factor(k)
+        return entering[0] if factor is None else Scaled(entering[0].tensor * factor, entering[0].exponent)
+
+    def _backward_gate(self, k: int, node: Node, g: Scaled, guess: Bracket | None) -> list[Scaled]:
+        factor = self._factor(k)
+        return [g if factor is None else Scaled(g.tensor * factor, g.exponent)]
+
+    def _forward_pool(self, k: int, node: Pool, entering: list[Scaled]) -> Scaled:
+        winners = self.recording.gates.get(k)
+        if winners is None:
+            return super()._forward_pool(k, node, entering)
+        n = len(node.kernel)
+        at = winners.flatten(-n)[None].expand(self.members, *winners.flatten(-n).shape)
+
+        def chosen(x: Tensor) -> Tensor:
+            return x.flatten(-n).gather(-1, at).unflatten(-1, winners.shape[-n:])
+
+        x, exponent = entering[0].tensor, entering[0].exponent
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_(self.scored)
+            result = chosen(leaf)
+        if self.scored:
+            self._saved[k] = ([leaf], result)
+        return Scaled(result.detach(), exponent)
