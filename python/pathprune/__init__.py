@@ -7,6 +7,7 @@ masks.apply_(model)
 """
 
 from ._mask_io import MaskFileError, MaskMismatchError
+from .batches import class_balanced
 from .masked import PackedMask, masked_matmul, pack_mask
 from .masks import Masks
 from .network import PathNetwork, SupportReport, UnsupportedModelError
@@ -15,8 +16,10 @@ from .path_sampling import Paths, sample_paths
 from .policy import Policy
 from .pruners import (
     PHEW,
+    PX,
     Magnitude,
     Pruner,
+    PXExact,
     Random,
     Sketch,
     SynFlow,
@@ -35,12 +38,14 @@ from .version import __version__
 
 __all__ = [
     "PHEW",
+    "PX",
     "Magnitude",
     "MaskFileError",
     "MaskMismatchError",
     "Masks",
     "NetworkScores",
     "NonFiniteScoreError",
+    "PXExact",
     "PackedMask",
     "PathCounts",
     "PathNetwork",
@@ -62,6 +67,7 @@ __all__ = [
     "UnsupportedModelError",
     "WeightMap",
     "__version__",
+    "class_balanced",
     "densify",
     "keep_masks",
     "load_sparse",

@@ -338,7 +338,7 @@ class PathFlow:
 
     def _convolved(self, x: Tensor, w: Tensor, node: Synapse) -> Tensor:
         def one(x: Tensor, w: Tensor) -> Tensor:
-            return torch.convolution(x, w, None, *_geometry(node))
+            return torch.convolution(x, w, None, *geometry_of(node))
 
         if not self.batched:
             return one(x, w)
@@ -459,7 +459,7 @@ class PathFlow:
 
         def one(g: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
             wanted = [wants_flow, wants_scores, False]
-            found = torch.ops.aten.convolution_backward(g, x, w, None, *_geometry(node), wanted)
+            found = torch.ops.aten.convolution_backward(g, x, w, None, *geometry_of(node), wanted)
             return tuple(part for part in found if part is not None)
 
         if not self.batched:
@@ -480,6 +480,7 @@ def _turned(node: Synapse, weight: Weight) -> bool:
     return node.form != weight.form and node.form in ("linear", "linear_t")
 
 
-def _geometry(node: Synapse) -> tuple[Any, ...]:
+def geometry_of(node: Synapse) -> tuple[Any, ...]:
+    """What ``torch.convolution`` takes after the bias."""
     padding = node.output_padding or (0,) * len(node.stride)
     return (node.stride, node.padding, node.dilation, node.form == "conv_transpose", padding, node.groups)

@@ -20,15 +20,19 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 from .batches import Batch
-from .flow import PathFlow
+from .flow import PathFlow, geometry_of
 from .network import PathNetwork
-from .nodes import Expression, Gate, Node, Norm, Pool, Product
+from .nodes import Expression, Gate, Node, Norm, Pool, Product, Synapse
 from .ops import WeightMap
 from .policy import Policy
 from .select import Bracket
 from .weights import Scaled, Weight
 
 _SHIFTED = ("sigmoid", "hardsigmoid", "softplus", "log_sigmoid", "clamp", "clamp_min", "clamp_max", "threshold")
+
+_MOST = 0.8  # share of a convolution's channel pairs below which it pays to leave the dead ones out
+_CONVOLUTIONS = tuple(getattr(torch.ops.aten, f"conv{n}d").default for n in (1, 2, 3))
+_GEOMETRY = ("stride", "padding", "dilation")
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,24 @@ def _dtype(network: PathNetwork) -> torch.dtype:
     return next(t.dtype for name, t in network.tensors.items() if name in network.prunable)
 
 
+def live_convolution(x: Tensor, w: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
+    """A convolution over the channels that pruning left alone; those that are all zero are skipped, exactly.
+
+    Args:
+        geometry: stride, padding, dilation, transposed, output_padding, groups.
+    """
+    transposed, groups = geometry[3], geometry[5]
+    if transposed or groups != 1:
+        return torch.convolution(x, w, bias, *geometry)
+    used = (w != 0).flatten(2).any(2)
+    rows, columns = used.any(1).nonzero()[:, 0], used.any(0).nonzero()[:, 0]
+    if rows.numel() * columns.numel() > _MOST * used.numel() or rows.numel() == 0:
+        return torch.convolution(x, w, bias, *geometry)
+    few = torch.convolution(x.index_select(1, columns), w[rows][:, columns], None, *geometry)
+    spread = few.new_zeros((few.shape[0], w.shape[0], *few.shape[2:])).index_add(1, rows, few)
+    return spread if bias is None else spread + bias.reshape(-1, *[1] * (w.dim() - 2))
+
+
 class _Run(fx.Interpreter):
     """Runs the exported graph, keeping gates on the way."""
 
@@ -114,6 +136,8 @@ class _Run(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         k = self.names.get(n.name)
+        if n.target in _CONVOLUTIONS:
+            return self._convolution(n)
         if k is None or k not in self.network.alive:
             return super().run_node(n)
         node = self.network.nodes[k]
@@ -129,6 +153,16 @@ class _Run(fx.Interpreter):
         out = super().run_node(n)
         self.kept[k] = torch.where(before == 0, 0, out / before)
         return out
+
+    def _convolution(self, n: fx.Node) -> Tensor:
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        schema = n.target._schema.arguments  # type: ignore[union-attr]
+        given = {a.name: a.default_value for a in schema} | dict(zip((a.name for a in schema), args, strict=False))
+        given |= kwargs
+        x, w = given["input"], given["weight"]
+        dims = w.dim() - 2
+        spread = [tuple(v) * dims if len(v) == 1 else tuple(v) for v in (given[key] for key in _GEOMETRY)]
+        return live_convolution(x, w, given["bias"], *spread, False, (0,) * dims, given["groups"])
 
 
 def _winners(z: Tensor, node: Pool) -> Tensor:
@@ -205,6 +239,10 @@ class GatedFlow(PathFlow):
     def _backward_gate(self, k: int, node: Node, g: Scaled, guess: Bracket | None) -> list[Scaled]:
         factor = self._factor(k)
         return [g if factor is None else Scaled(g.tensor * factor, g.exponent)]
+
+    def _convolved(self, x: Tensor, w: Tensor, node: Synapse) -> Tensor:
+        flat = x.flatten(0, 2)
+        return live_convolution(flat, w, None, *geometry_of(node)).unflatten(0, (1, flat.shape[0], 1))
 
     def _forward_pool(self, k: int, node: Pool, entering: list[Scaled]) -> Scaled:
         winners = self.recording.gates.get(k)

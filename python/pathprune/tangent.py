@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from .flow import PathFlow, _geometry
+from .flow import PathFlow, geometry_of
 from .network import PathNetwork
 from .nodes import Node, Norm, Product, Shift, Synapse
 from .ops import WeightMap
@@ -98,8 +98,8 @@ class TangentFlow(PathFlow):
         u, z = weight.effective(), self._direction(weight)
         if node.form.startswith("conv"):
             both = x.tensor.flatten(0, 2)  # [flow, derivative]
-            y = torch.convolution(both, u, None, *_geometry(node))
-            y[1:] += torch.convolution(both[:1], z, None, *_geometry(node))
+            y = torch.convolution(both, u, None, *geometry_of(node))
+            y[1:] += torch.convolution(both[:1], z, None, *geometry_of(node))
             result = y[None].unsqueeze(2)
             self._saved[k] = (both, x.exponent)
         else:
@@ -147,7 +147,7 @@ class TangentFlow(PathFlow):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         def adjoint(g: Tensor, x: Tensor, w: Tensor, flow: bool, gradient: bool) -> tuple[Tensor, ...]:
             mask = [flow, gradient, False]
-            return torch.ops.aten.convolution_backward(g, x, w, None, *_geometry(node), mask)[:2]
+            return torch.ops.aten.convolution_backward(g, x, w, None, *geometry_of(node), mask)[:2]
 
         both = g.flatten(0, 2)
         inward = torch.zeros_like(x)

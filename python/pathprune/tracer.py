@@ -298,7 +298,7 @@ def module_path(node: fx.Node) -> str:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode for the time of the export, every module's own flag restored after, also on an exception."""
     flags = [(module, module.training) for module in model.modules()]
     try:
@@ -319,7 +319,7 @@ def export(model: nn.Module, example_input: Any) -> torch.export.ExportedProgram
     args, kwargs = one_sample(example_input)
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     try:
-        with torch.random.fork_rng(devices=devices), _evaluating(model), torch.no_grad():
+        with torch.random.fork_rng(devices=devices), evaluating(model), torch.no_grad():
             return torch.export.export(model, args, kwargs, strict=False)
     except Exception as error:  # torch.export raises many types, user code any
         summary = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

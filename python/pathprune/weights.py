@@ -332,6 +332,11 @@ class Weight:
         if self.packed is not None and self.dense is None:
             raise RuntimeError("Weight.set_mask: the dense weights are gone")
 
+    def follow(self, other: Weight) -> None:
+        """Takes the mask of the same tensor in another network, its waiting cut applied."""
+        other.settle()
+        self.mask, self._effective, self._pattern = other.mask, None, None
+
     def live(self) -> int:
         """Weights that are left, a waiting cut applied."""
         self.settle()

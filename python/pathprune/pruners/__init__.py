@@ -2,13 +2,16 @@
 
 from .base import PathPruner, Pruner
 from .magnitude import Magnitude, Random
+from .path_exclusion import PX, PXExact
 from .phew import PHEW
 from .sketching import Sketch, sample_with_replacement
 from .unified_paths import SynFlow, SynFlowDist, SynFlowL2, SynFlowL2Dist, TraceSaliency
 
 __all__ = [
     "PHEW",
+    "PX",
     "Magnitude",
+    "PXExact",
     "PathPruner",
     "Pruner",
     "Random",

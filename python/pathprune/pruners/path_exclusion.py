@@ -1,0 +1,341 @@
+"""PX, Path eXclusion (Iurada, Ciccone, Tommasi, CVPR 2024): data-driven saliency from the trace of the NTK.
+
+The trace of the NTK is bounded by a data factor times a path factor. PX scores the saliency of
+``R_PX = sum_n sum_k g_k(x_n^2; a(x_n)) h_k(u)``, with g the network of ones (the mask) gated as the real, masked one
+is on x_n, and h the network of u = w^2 on ones without gates: ``S = u dR_PX / du``, over 100 exponential rounds.
+
+h knows no data, so with ``G_k = sum_n g_k(x_n^2)`` the sum is ``sum_k G_k h_k(u)``: all work on data is forward, and
+one backward flow of a single row, G at the outputs, scores all weights.
+
+The released code differs from the paper, and from itself over time; ``variant="released"`` is what its last version
+computes (see :class:`PX`). Bytes: a round, the activations of one forward pass of the model and one of g over the data,
+and two reads of the weights. Oracle: float64 autograd of the formula; enumeration of paths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.overrides import TorchFunctionMode
+
+from .. import ops
+from ..batches import Batch, Data, require_reiterable, stream
+from ..flow import PathFlow
+from ..gates import GatedFlow, record
+from ..network import PathNetwork
+from ..nodes import Synapse
+from ..ops import WeightMap
+from ..policy import Policy, policy_of
+from ..select import Bracket
+from ..tracer import evaluating
+from ..weights import Scaled, Weight, power_of_two, weights_of
+from .base import Pruner, Scorer
+
+
+@dataclass(frozen=True)
+class PX(Pruner):
+    """Keeps the weights on paths that carry most of the NTK's trace, as the data open them.
+
+    Args:
+        data: a re-iterable of batches ``x`` or ``(x, y)``; labels are not used. It is read once a round.
+        variant: ``paper``, or ``released``: the last version of the released code, in which h and g are in train mode
+            (batch norm by batch statistics, its parameters as they are), the last linear layer keeps its signed weights
+            in both, biases are squared in h and 1 in g, average pooling keeps its constants, max pooling its winners;
+            layers are told apart by type where that code looks for 'bn' and 'fc' in names (and so misses the batch
+            norms of shortcuts). Its saliencies are not positive before the final absolute value.
+        rounds: 100 in the paper.
+        policy: of g and h in the paper's variant; biases begin no path.
+
+    Gates come from the model in eval mode; an activation without a ReLU passes ``(phi(z) / z)^2``.
+
+    Raises:
+        TypeError: data that can be read only once.
+        ValueError: no batches, NaN inputs or outputs, a hand-made network; for ``released``, a model without ReLU.
+
+    Determinism: the same masks for the same data in the same order and batches, up to the rounding of torch's products.
+    """
+
+    data: Data = field(compare=False)
+    variant: str = "paper"
+    rounds: int = field(default=100, kw_only=True)
+    policy: str | Policy = field(default="paths", kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_reiterable(self.data, "PX")
+        policy_of(self.policy)
+        if self.variant not in ("paper", "released"):
+            raise ValueError(f"PX: variant: wanted 'paper' or 'released', got {self.variant!r}")
+
+    @property
+    def wants_merged_positions(self) -> bool:
+        return self.variant == "paper"
+
+    @property
+    def maps(self) -> tuple[WeightMap, WeightMap]:
+        return WeightMap.SQUARE, WeightMap.SQUARE
+
+    def scorer(self, network: PathNetwork, weights: Mapping[str, Weight], seed: int) -> Scorer:
+        if self.variant == "released":
+            return _released(network, weights, self.data)
+        policy = policy_of(self.policy)
+        flow = PathFlow(network, weights, f=WeightMap.SQUARE, policy=policy)
+        factor = DataFactor(network.whole, weights, self.data, policy)
+
+        def score(guess: Bracket | None) -> float:
+            flow.forward()
+            flow.leaving = dict(zip(network.outputs, factor(), strict=True))
+            total = _log2_product(flow, network)
+            for weight in weights.values():
+                weight.compact_when_sparse()
+            flow.backward(guess)
+            return total
+
+        return score
+
+
+class DataFactor:
+    """``G = sum_n g(x_n^2; a(x_n))`` at every output, under the weights' present masks.
+
+    Args:
+        network: with all its positions.
+        weights: of the same tensors, maybe in another network; their masks are followed.
+    """
+
+    def __init__(self, network: PathNetwork, weights: Mapping[str, Weight], data: Data, policy: Policy) -> None:
+        if network.forward is None:
+            raise ValueError("PX: model: wanted one that was read from a module, got a PathNetwork made by hand")
+        self.network, self.leaders, self.data, self.policy = network, weights, data, policy
+        self.weights = weights_of(network, (), (WeightMap.ONE, WeightMap.ONE))
+
+    def __call__(self) -> list[Scaled]:
+        for name, weight in self.weights.items():
+            weight.follow(self.leaders[name])
+        masked = masked_tensors(self.network, self.leaders)
+        totals: list[Scaled] | None = None
+        for batch in stream(self.data, "PX", self.network.device):
+            recording = record(self.network, batch, masked, "PX")
+            squares = [x.square() for x in recording.inputs]
+            flow = GatedFlow(self.network, self.weights, recording, self.policy, source=squares)
+            flow.forward()
+            found = [_summed(flow.values[k]) for k in self.network.outputs]
+            totals = found if totals is None else [_plus(a, b) for a, b in zip(totals, found, strict=True)]
+        assert totals is not None
+        dtype = next(weight.effective() for weight in self.weights.values()).dtype
+        return [_normalised(total, dtype) for total in totals]
+
+
+def masked_tensors(network: PathNetwork, weights: Mapping[str, Weight]) -> dict[str, Tensor]:
+    """``w * mask`` of every weight that has lost some, in the model's own type."""
+    made = {}
+    for name, weight in weights.items():
+        weight.settle()
+        if weight.mask is not None:
+            tensor = network.tensors[name]
+            rows = tensor.detach().contiguous().reshape(weight.groups, -1, weight.columns)
+            kept = ops.masked_weight(rows, weight.mask, WeightMap.IDENTITY)
+            made[name] = kept.reshape(tensor.shape).to(tensor.dtype)
+    return made
+
+
+def _summed(flow: Scaled) -> Scaled:
+    """[1, N, *shape] summed over the samples, in float64."""
+    return Scaled(flow.tensor[0].sum(0, dtype=torch.float64), flow.exponent)
+
+
+def _plus(a: Scaled, b: Scaled) -> Scaled:
+    top = torch.maximum(a.exponent, b.exponent)
+    left, right = (part.tensor * power_of_two(part.exponent - top, torch.float64) for part in (a, b))
+    return Scaled(left + right, top)
+
+
+def _normalised(flow: Scaled, dtype: torch.dtype) -> Scaled:
+    shift = torch.frexp(flow.tensor.amax()).exponent.to(torch.int64).reshape(1)
+    return Scaled((flow.tensor * power_of_two(-shift, torch.float64)).to(dtype), flow.exponent + shift)
+
+
+def _log2_product(flow: PathFlow, network: PathNetwork) -> float:
+    """log2 of ``sum_k G_k h_k`` over all outputs."""
+    total = torch.tensor(-torch.inf, dtype=torch.float64)
+    for k in network.outputs:
+        h, g = flow.values[k], flow.leaving[k]
+        amount = (h.tensor.double() * g.tensor.double()).sum().cpu()
+        total = torch.logaddexp2(total, amount.log2() + (h.exponent + g.exponent).cpu())
+    return float(total)
+
+
+# ---------------------------------------------------------------------------------------------- as released
+
+
+_BATCH_NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+
+
+class _Gated(TorchFunctionMode):
+    """Runs a model with its ReLUs recorded, replayed or open, and batch norm by batch statistics if asked."""
+
+    _RELUS = (F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_)
+
+    def __init__(self, replay: Iterator[Tensor] | None, record_to: list[Tensor] | None, batch_statistics: bool) -> None:
+        super().__init__()
+        self.replay, self.kept, self.batch_statistics = replay, record_to, batch_statistics
+
+    def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in self._RELUS:
+            if self.kept is not None:
+                out = torch.relu(args[0].detach())
+                self.kept.append(out > 0)
+                return out
+            return args[0] if self.replay is None else args[0] * next(self.replay)
+        if func is F.batch_norm and self.batch_statistics:
+            given = dict(zip(_BATCH_NORM, args, strict=False)) | kwargs
+            given.update(running_mean=None, running_var=None, training=True)
+            return func(**given)
+        return func(*args, **kwargs)
+
+
+def _released(network: PathNetwork, weights: Mapping[str, Weight], data: Data) -> Scorer:
+    """The saliency of the released code's last version, summed over batches before the absolute value."""
+    model = network.model
+    if model is None:
+        raise ValueError("PX: model: wanted one that was read from a module, got a PathNetwork made by hand")
+    left = _head(network, model)  # parameters that stay as they are
+    left |= {id(p) for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) for p in m.parameters()}
+    own = dict(model.named_parameters())
+
+    def call(tensors: Mapping[str, Tensor], batch: Batch, mode: _Gated) -> Tensor:
+        with mode:
+            return _first_output(functional_call(model, dict(tensors), batch.args, dict(batch.kwargs)))
+
+    def score(guess: Bracket | None) -> None:
+        masks = {name: weight.bits().to(network.device) for name, weight in weights.items()}
+        real = {name: own[name].detach() * mask for name, mask in masks.items()}
+        plain, squared = {}, {}
+        for name, parameter in own.items():
+            p = real.get(name, parameter.detach())
+            kept = id(parameter) in left
+            plain[name] = p if kept else masks[name].to(p.dtype) if name in masks else torch.ones_like(p)
+            squared[name] = p if kept else p.square()
+        reach, like = torch.zeros(()), None
+        with torch.no_grad(), evaluating(model):
+            for batch in stream(data, "PX", network.device):
+                gates: list[Tensor] = []
+                call(real, batch, _Gated(None, gates, False))
+                if not gates:
+                    raise ValueError("PX: model: variant 'released' wants ReLUs, got a model without; use 'paper'")
+                squares = Batch(tuple(map(_square, batch.args)), batch.kwargs, None)
+                reach = reach + call(plain, squares, _Gated(iter(gates), None, True)).sum(0, dtype=torch.float64)
+                like = batch
+        assert like is not None
+        ones = Batch(tuple(torch.ones_like(a[:1]).expand(2, *a.shape[1:]) for a in like.args), {}, None)
+        leaves = {name: squared[name].requires_grad_() for name in weights}
+        with torch.enable_grad(), evaluating(model):
+            out = call({**squared, **leaves}, ones, _Gated(None, None, True))[0]
+            total = (out.double() * reach).sum()
+            gradients = torch.autograd.grad(total, list(leaves.values()))
+        for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True):
+            if weights[name].scored:
+                weights[name].replace_scores((gradient * leaf.detach() * masks[name]).abs())
+
+    return score
+
+
+def _square(a: Any) -> Any:
+    return a.square() if isinstance(a, Tensor) and a.is_floating_point() else a
+
+
+def _head(network: PathNetwork, model: nn.Module) -> set[int]:
+    """The parameters of the linear layer behind which there is no other synapse."""
+    beyond: set[int] = set(network.outputs)
+    for k in reversed(range(len(network.nodes))):
+        node = network.nodes[k]
+        if k in beyond and isinstance(node, Synapse):
+            owner = model.get_submodule(node.weight.rpartition(".")[0])
+            return {id(p) for p in owner.parameters()} if node.form.startswith("linear") else set()
+        if k in beyond:
+            beyond.update(node.inputs)
+    return set()
+
+
+def _first_output(out: Any) -> Tensor:
+    """The logits of a model, whatever it wraps them in."""
+    if isinstance(out, Tensor):
+        return out
+    logits = getattr(out, "logits", None)
+    return logits if logits is not None else next(iter(out.values() if isinstance(out, Mapping) else out))
+
+
+# ------------------------------------------------------------------------------------------------------ PXact
+
+
+@dataclass(frozen=True)
+class PXExact(Pruner):
+    """Keeps the weights with most of the NTK's diagonal: ``S_i = w_i^2 sum_n (d f_{y_n}(x_n) / d w_i)^2``.
+
+    The per-sample gradient of the labelled output, squared: what the bound of :class:`PX` stands for.
+
+    Args:
+        data: a re-iterable of batches ``(x, y)``, y int64 [N] class labels.
+        chunk: samples whose gradients are held at once; None: as many as fit into 256 MB.
+
+    Raises:
+        TypeError: data that can be read only once.
+        ValueError: no batches, no labels, labels out of range, NaN inputs or gradients, a hand-made network.
+    """
+
+    data: Data = field(compare=False)
+    chunk: int | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_reiterable(self.data, "PXExact")
+
+    def scorer(self, network: PathNetwork, weights: Mapping[str, Weight], seed: int) -> Scorer:
+        model = network.model
+        if model is None:
+            raise ValueError("PXExact: model: wanted one that was read from a module, got a PathNetwork made by hand")
+        fixed = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+        def labelled(leaves: dict[str, Tensor], args: tuple[Tensor, ...], label: Tensor) -> Tensor:
+            out = _first_output(functional_call(model, {**fixed, **leaves}, tuple(a[None] for a in args)))
+            return out[0].gather(0, label[None])[0]
+
+        def score(guess: Bracket | None) -> None:
+            masks = {name: w.bits().to(network.device) for name, w in weights.items() if w.scored}
+            leaves = {name: network.tensors[name].detach() * mask for name, mask in masks.items()}
+            totals = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
+            size = sum(leaf.numel() for leaf in leaves.values())
+            chunk = self.chunk or max(1, (64 << 20) // max(size, 1))
+            with evaluating(model):
+                for batch in stream(self.data, "PXExact", network.device, needs_target=True):
+                    self._check_labels(batch, leaves, labelled)
+                    for at in range(0, batch.size, chunk):
+                        args = tuple(a[at : at + chunk] for a in batch.args)
+                        label = batch.target[at : at + chunk]
+                        made = vmap(grad(labelled), in_dims=(None, 0, 0), randomness="different")(leaves, args, label)
+                        for name, gradient in made.items():
+                            totals[name].add_(gradient.square_().sum(0))
+            for name, total in totals.items():
+                weights[name].replace_scores(total.mul_(leaves[name].square()))
+
+        return score
+
+    @staticmethod
+    def _check_labels(batch: Batch, leaves: dict[str, Tensor], labelled: Callable) -> None:
+        y = batch.target
+        if not isinstance(y, Tensor) or y.is_floating_point() or y.dim() != 1 or len(y) != batch.size:
+            raise ValueError(f"PXExact: data: wanted one integer label for each of {batch.size} samples")
+        with torch.no_grad():
+            try:
+                top = int(y.max())
+                labelled(leaves, tuple(a[0] for a in batch.args), y.new_tensor(max(top, 0)))
+            except (RuntimeError, IndexError) as error:
+                raise ValueError(f"PXExact: data: wanted labels below the number of outputs, got {top}") from error
+        if int(y.min()) < 0:
+            raise ValueError(f"PXExact: data: wanted labels >= 0, got {int(y.min())}")
