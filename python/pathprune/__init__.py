@@ -12,6 +12,7 @@ from .masked import PackedMask, masked_matmul, pack_mask
 from .masks import Masks
 from .network import PathNetwork, SupportReport, UnsupportedModelError
 from .ops import WeightMap
+from .path_kernel import PathKernel
 from .path_sampling import Paths, sample_paths
 from .policy import Policy
 from .pruners import (
@@ -48,6 +49,7 @@ __all__ = [
     "PXExact",
     "PackedMask",
     "PathCounts",
+    "PathKernel",
     "PathNetwork",
     "Paths",
     "Policy",

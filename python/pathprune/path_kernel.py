@@ -1,24 +1,45 @@
-"""The path kernel of a network: what it is computed by.
+"""The path kernel of a network: what it is, exactly, and its spectrum, estimated.
 
-J holds the derivatives of all path values by all weights, Pi = J J^T (Gebhart, Saxena and Schrater 2021). Its trace is
-``sum_p sum_{i in p} (v_p / w_i)^2 = sum_i dR_2 / du_i`` with u = w^2: one forward and one backward flow of the squared
-network, which read every weight twice. Oracle: enumeration of paths.
+J [paths, weights] holds the derivatives of all path values by all weights, ``Pi = J J^T`` (Gebhart, Saxena and Schrater
+2021). ``G = J^T J`` [weights, weights] has the same non-zero eigenvalues and needs no list of paths. With u = w^2 and
+R_2 the sum of squared path values, multi-affine in u:
+
+* ``G_ii = dR_2/du_i``, so the trace is one forward and one backward flow of the squared network;
+* ``G x = (dR_2/du) x + w * H (w * x)``, H the Hessian of R_2: one flow with its tangent (:mod:`pathprune.tangent`);
+* deleting weight j loses ``dR_2/du_j + u_j (H m)_j`` of the trace, m the mask;
+* ``1^T Pi 1 = sum_i (dR_lin/dw_i)^2``, R_lin the signed linear network on ones;
+* the rank, for weights in general position, is the number of live weights less that of live hidden units.
+
+Biases begin no path, max-pooling sums over its window, gates are open (policy ``paths``). Constant images have few
+distinct positions, which are computed once. Oracle: enumeration of all paths.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .flow import PathFlow
-from .network import PathNetwork
-from .nodes import Synapse
+from .gates import GatedFlow, Recording
+from .liveness import reach
+from .network import PathNetwork, as_network
+from .nodes import Input
 from .ops import WeightMap
 from .policy import Policy, policy_of
-from .weights import Scratch, Weight
+from .spatial import merge_equal_positions
+from .spectrum import Eigenpairs, SpectralDensity, lanczos_density, leading_eigenpairs
+from .summed_weights import Reduced, numbered, summed_weights
+from .tangent import TangentFlow
+from .walk_graph import WalkGraph, walk_graph
+from .weights import Weight, power_of_two, weights_of
+
+Vector = Tensor | Mapping[str, Tensor]
 
 
 def log2_trace(
@@ -29,29 +50,406 @@ def log2_trace(
     Args:
         masks: bool tensors by name; None: all weights are there.
     """
-    synapses = [node for k in network.synapses() if isinstance(node := network.nodes[k], Synapse)]
-    uses = {node.weight: sum(other.weight == node.weight for other in synapses) for node in synapses}
-    scratch = Scratch()
-    weights = {
-        node.weight: Weight(
-            node.weight,
-            network.tensors[node.weight],
-            node,
-            f=WeightMap.SQUARE,
-            s=WeightMap.ONE,
-            uses=uses[node.weight],
-            scored=node.weight in network.prunable,
-            mask=masks.get(node.weight) if masks else None,
-            scratch=scratch,
-        )
-        for node in reversed(synapses)
-    }
-    flow = PathFlow(network, weights, f=WeightMap.SQUARE, policy=policy_of(policy))
+    amounts = _gradients(merge_equal_positions(network), masks, policy_of(policy))
+    return _log2_sum(tensor.log2_sum() for tensor in amounts.values())
+
+
+@dataclass(frozen=True)
+class Powered:
+    """Numbers ``tensor * 2^exponent``."""
+
+    tensor: Tensor
+    exponent: int
+
+    def double(self) -> Tensor:
+        return torch.ldexp(self.tensor.double(), torch.tensor(self.exponent))
+
+    def log2_sum(self) -> float:
+        total = float(self.tensor.sum(dtype=torch.float64))
+        return math.log2(total) + self.exponent if total > 0 else -math.inf
+
+
+def _gradients(network: PathNetwork, masks: Mapping[str, Tensor] | None, policy: Policy) -> dict[str, Powered]:
+    """dR_2/du of every prunable weight that is left, 0 elsewhere."""
+    weights = weights_of(network, network.prunable, (WeightMap.SQUARE, WeightMap.ONE), masks=masks)
+    flow = PathFlow(network, weights, f=WeightMap.SQUARE, policy=policy)
     flow.forward()
     flow.backward()
-    total = torch.tensor(-math.inf, dtype=torch.float64)
+    found = {}
     for name in network.prunable:
         made = weights[name].written_scores()
-        amount = made.weight.sum(dtype=torch.float64).cpu()
-        total = torch.logaddexp2(total, amount.log2() + made.exponent)
+        found[name] = Powered(made.weight.reshape(network.tensors[name].shape), made.exponent)
+    return found
+
+
+def _log2_sum(parts: Any) -> float:
+    total = torch.tensor(-math.inf, dtype=torch.float64)
+    for part in parts:
+        total = torch.logaddexp2(total, torch.tensor(part, dtype=torch.float64))
     return float(total)
+
+
+class PathKernel:
+    """The path kernel of a model, or of what masks leave of it. The model is not touched.
+
+    Args:
+        model: a module (with ``example_input``, whose shapes alone matter) or its ``PathNetwork``.
+        masks: bool tensors by parameter name, such as :class:`Masks`; None: every weight is there.
+        policy: ``paths``, or another under which R_2 is multi-affine in u.
+
+    Vectors have one entry for each prunable weight, pruned ones included (their entries are 0): either a mapping from
+    name to a tensor of the weight's shape, or one flat tensor in the order of ``network.prunable``.
+
+    Raises:
+        ValueError: masks of another model, NaN weights, a network whose R_2 is not multi-affine.
+
+    Example:
+        >>> kernel = pp.PathKernel(model, torch.ones(1, 3, 32, 32), masks)
+        >>> kernel.log2_trace(), kernel.top_eigenvalues(10)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | PathNetwork,
+        example_input: Any = None,
+        masks: Mapping[str, Tensor] | None = None,
+        *,
+        policy: str | Policy = "paths",
+    ) -> None:
+        self.network = as_network(model, example_input)
+        self.policy = policy_of(policy)
+        self.masks = None if masks is None else self._checked(masks)
+        self._quick = merge_equal_positions(self.network)
+        names = self.network.prunable
+        if not names:
+            raise ValueError("PathKernel: model: wanted prunable weights, got none")
+        self._sizes = [self.network.tensors[name].numel() for name in names]
+
+    def _checked(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        known = {name: self.network.tensors[name].shape for name in self.network.prunable}
+        for name in masks:
+            if name not in known:
+                raise ValueError(f"PathKernel: masks: wanted names of prunable weights, got '{name}'")
+            if masks[name].shape != known[name] or masks[name].dtype != torch.bool:
+                got = f"{masks[name].dtype} {tuple(masks[name].shape)}"
+                raise ValueError(f"PathKernel: masks: '{name}': wanted bool {tuple(known[name])}, got {got}")
+        return {name: masks[name] for name in masks}
+
+    # ------------------------------------------------------------------------------------------------- exact
+
+    @cached_property
+    def _slope(self) -> dict[str, Powered]:
+        return _gradients(self._quick, self.masks, self.policy)
+
+    def log2_trace(self) -> float:
+        """log2 of the trace; -inf where no path is left."""
+        return _log2_sum(part.log2_sum() for part in self._slope.values())
+
+    def trace(self) -> float:
+        """The trace, ``sum_p sum_{i in p} (v_p / w_i)^2``; inf beyond the range of float64."""
+        return _power(self.log2_trace())
+
+    def diagonal(self) -> dict[str, Tensor]:
+        """``dR_2/du`` of every weight, float64: what each adds to the trace; 0 where it is pruned."""
+        return {name: part.double() for name, part in self._slope.items()}
+
+    def shares(self) -> dict[str, float]:
+        """The share of the trace that each layer has; they sum to 1 (all 0 where no path is left)."""
+        total = self.log2_trace()
+        return {
+            name: _power(part.log2_sum() - total) if total > -math.inf else 0.0 for name, part in self._slope.items()
+        }
+
+    def branch_shares(self) -> dict[str, float]:
+        """The share of the trace within each residual branch (branches may hold one another)."""
+        shares = self.shares()
+        return {b.name: sum(shares.get(name, 0.0) for name in b.weights) for b in self._reach.branches}
+
+    @cached_property
+    def _reach(self) -> Any:
+        weights = weights_of(self._quick, self.network.prunable, (WeightMap.ONE, WeightMap.ONE), masks=self.masks)
+        return reach(self._quick, weights, keep_bits=True)
+
+    def trace_loss(self) -> dict[str, Tensor]:
+        """What deleting each weight takes from the trace, float64: its own part and that of the paths it closes."""
+        lost = {}
+        for name, (slope, product) in self._tangents(self._masks_as(1.0)).items():
+            u = self._weight(name).double().square()
+            lost[name] = (slope.double() + u * product.double()) * self._mask(name).double()
+        return lost
+
+    def quadratic_form(self) -> float:
+        """``1^T Pi 1``: the sum over weights of squared derivatives of the signed linear network's output on ones."""
+        net = self.network
+        weights = weights_of(net, net.prunable, (WeightMap.IDENTITY, WeightMap.ONE), masks=self.masks)
+        ones = tuple(torch.ones((1, *node.shape)) for node in net.nodes if isinstance(node, Input))
+        recording = Recording(ones, (), {})  # no gates: all are open
+        flow = GatedFlow(net, weights, recording, self.policy, source=ones, signed=True, scored=True)
+        flow.forward()
+        flow.backward()
+        parts = [Powered((made := weights[n].written_scores()).weight, made.exponent) for n in net.prunable]
+        return sum(float(part.double().square().sum()) for part in parts)
+
+    def rank(self) -> int:
+        """The rank of the kernel for weights in general position: live weights less live hidden units.
+
+        Each hidden unit can be rescaled against the next layer without changing a path: one direction in which all
+        path values stay. Units that identity connections tie together scale as one.
+        """
+        live = {name: self._live(name) for name in self.network.prunable}
+        weights = sum(int(bits.sum()) for bits in live.values())
+        return weights - _scalings(walk_graph(self.network), live)
+
+    def _live(self, name: str) -> Tensor:
+        bits, shape = self._reach.packed[name]
+        count = math.prod(shape)
+        return ((bits[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1).flatten()[:count].bool().reshape(shape)
+
+    # ------------------------------------------------------------------------------------------------ matvec
+
+    def matvec(self, x: Vector) -> Vector:
+        """``G x``, shaped as x is given, float64. One flow with its tangent.
+
+        Raises:
+            ValueError: entries for other weights, or of another number.
+        """
+        parts = self._parts(x)
+        scale = self._scale
+        made = {name: torch.ldexp(part.double(), torch.tensor(scale)) for name, part in self._product(parts).items()}
+        return torch.cat([made[n].flatten() for n in self.network.prunable]) if isinstance(x, Tensor) else made
+
+    def _parts(self, x: Vector) -> dict[str, Tensor]:
+        names, total = self.network.prunable, sum(self._sizes)
+        if isinstance(x, Tensor):
+            if x.shape != (total,):
+                raise ValueError(f"PathKernel.matvec: x: wanted shape ({total},), got {tuple(x.shape)}")
+            pieces: Any = zip(names, x.split(self._sizes), strict=True)
+        else:
+            if set(x) != set(names):
+                raise ValueError(f"PathKernel.matvec: x: wanted entries for {list(names)}, got {list(x)}")
+            pieces = ((name, x[name]) for name in names)
+        return {name: piece.reshape(self.network.tensors[name].shape) for name, piece in pieces}
+
+    @property
+    def _scale(self) -> int:
+        """G is handled as ``2^scale`` times a matrix of trace at most 1."""
+        level = self.log2_trace()
+        return math.ceil(level) if level > -math.inf else 0
+
+    @cached_property
+    def _flow(self) -> TangentFlow:
+        weights = weights_of(self._quick, self.network.prunable, (WeightMap.SQUARE, WeightMap.SQUARE), masks=self.masks)
+        return TangentFlow(self._quick, weights, self.policy, keep_squares=True)
+
+    def _weight(self, name: str) -> Tensor:
+        return self.network.tensors[name].detach().to(self._flow.dtype)
+
+    def _mask(self, name: str) -> Tensor:
+        tensor = self.network.tensors[name]
+        mask = None if self.masks is None else self.masks.get(name)
+        return torch.ones_like(tensor, dtype=torch.bool) if mask is None else mask.to(tensor.device)
+
+    def _masks_as(self, value: float) -> dict[str, Tensor]:
+        return {name: self._mask(name).to(self._flow.dtype) * value for name in self.network.prunable}
+
+    def _tangents(self, along: Mapping[str, Tensor], gradient: bool = True) -> dict[str, tuple[Powered, Powered]]:
+        """dR_2/du and its derivative along a direction of u."""
+        found: dict[str, tuple[Powered, Powered]] = {}
+
+        def take(weight: Weight, slope: Tensor | None, product: Tensor, exponent: Tensor) -> None:
+            e = int(exponent)
+            mine = (Powered(product if slope is None else slope, e), Powered(product, e))
+            if weight.name in found:  # a tied weight is used again
+                mine = tuple(_added(a, b) for a, b in zip(found[weight.name], mine, strict=True))  # type: ignore[assignment]
+            found[weight.name] = mine
+
+        fixed = {name for name in self._flow.weights if name not in along}
+        still = {name: torch.zeros_like(self._flow.weights[name].effective()) for name in fixed}
+        self._flow.run({**along, **still}, take, gradient)
+        return found
+
+    def _product(self, x: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """``2^-scale G x`` in the type of the flow."""
+        dtype, scale = self._flow.dtype, self._scale
+        x = {name: part.to(dtype) for name, part in x.items()}
+        if self.masks is not None:
+            x = {name: part * self._mask(name) for name, part in x.items()}
+        tangents = self._tangents({name: part * self._weight(name) for name, part in x.items()}, gradient=False)
+        made = {}
+        for name, part in x.items():
+            slope, (_, product) = self._slope[name], tangents[name]
+            own = part * _times(slope, -scale)
+            made[name] = own.addcmul_(self._weight(name), _times(product, -scale))
+            if self.masks is not None:
+                made[name] *= self._mask(name)
+        return made
+
+    # ---------------------------------------------------------------------------------------------- spectrum
+
+    def top_eigenpairs(
+        self, k: int = 10, *, tolerance: float | None = None, progress: bool | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The k largest eigenvalues of the kernel, descending, with eigenvectors of G and residuals.
+
+        Lanczos with restarts (SciPy's ARPACK), begun at ``sign(w)``: with those signs G has no negative entry, so its
+        leading eigenvector has those signs and no start could be nearer. Eigenvalues that are multiple because several
+        weights enter R_2 by a sum (one for each output, say) are known in closed form (``summed_weights``).
+
+        Args:
+            tolerance: relative accuracy of the eigenvalues; None: 1e-10 for float64 weights, else 1e-5.
+            progress: a bar of matrix products on stderr; None: when it is a terminal.
+
+        Returns:
+            values float64 [k] (inf beyond its range), vectors [weights, k], and residuals ``|G x - value x| / value``.
+
+        Raises:
+            ImportError: SciPy is missing.
+            ValueError: k out of range.
+        """
+        pairs = self._leading(k, tolerance, progress)
+        return torch.ldexp(pairs.values, torch.tensor(self._scale)), pairs.vectors, pairs.residuals
+
+    def top_eigenvalues(self, k: int = 10, **options: Any) -> Tensor:
+        """The k largest eigenvalues, float64 [k], descending; options as for :meth:`top_eigenpairs`."""
+        return self.top_eigenpairs(k, **options)[0]
+
+    def log2_top_eigenvalues(self, k: int = 10, **options: Any) -> Tensor:
+        """log2 of the k largest eigenvalues, however large they are."""
+        return self._leading(k, options.get("tolerance"), options.get("progress")).values.log2() + self._scale
+
+    def _leading(self, k: int, tolerance: float | None, progress: bool | None) -> Eigenpairs:
+        live = torch.cat([self._mask(name).flatten() for name in self.network.prunable]).nonzero()[:, 0]
+        if not 1 <= k <= len(live):
+            raise ValueError(f"PathKernel.top_eigenpairs: k: wanted 1 to {len(live)} (the live weights), got {k}")
+        dtype = self._flow.dtype
+        tolerance = tolerance if tolerance is not None else 1e-10 if dtype == torch.float64 else 1e-5
+        theta = self._flat({name: self._weight(name) for name in self.network.prunable})
+        slope = self._flat({name: _times(part, -self._scale) for name, part in self._slope.items()})
+        shapes = {name: self.network.tensors[name].shape for name in self.network.prunable}
+        sets = numbered(summed_weights(self._quick, self.policy), shapes, live)
+        space = Reduced(theta[live], slope[live], sets)
+
+        def whole(x: Tensor) -> Tensor:
+            return torch.zeros_like(theta).index_copy_(0, live, x.to(theta.dtype))
+
+        def product(y: Tensor) -> Tensor:
+            made = self._flat(self._product(self._parts(whole(space.expanded(y)))))
+            return space.reduced(made[live])
+
+        start = space.reduced(theta[live].sign())
+        found = leading_eigenpairs(product, start, min(k, space.count), tolerance, progress)
+        within, places = space.closed_form(k)
+        order = torch.cat([found.values, within]).argsort(descending=True, stable=True)[:k].tolist()
+        vectors, residuals = [], []
+        for position in order:
+            own = position < len(found.values)
+            place = position - len(found.values)
+            small = space.expanded(found.vectors[:, position].to(theta)) if own else space.direction(*places[place])
+            vectors.append(whole(small).cpu())
+            residuals.append(float(found.residuals[position]) if own else 0.0)
+        values = torch.cat([found.values, within])[order]
+        return Eigenpairs(values, torch.stack(vectors, 1), torch.tensor(residuals, dtype=torch.float64))
+
+    def _flat(self, parts: Mapping[str, Tensor]) -> Tensor:
+        return torch.cat([parts[name].flatten() for name in self.network.prunable])
+
+    def _probe(self, generator: torch.Generator) -> dict[str, Tensor]:
+        """Signs drawn with equal chance, 0 where pruned."""
+        drawn = {}
+        for name in self.network.prunable:
+            coins = torch.randint(0, 2, self.network.tensors[name].shape, generator=generator)
+            drawn[name] = (2 * coins - 1).to(self.network.device, self._flow.dtype) * self._mask(name)
+        return drawn
+
+    def log2_frobenius(self, probes: int = 16, seed: int = 0) -> tuple[float, float]:
+        """log2 of the Frobenius norm, ``sqrt(tr G^2)``, estimated (Hutchinson), and its relative standard error."""
+        if probes < 2:
+            raise ValueError(f"PathKernel.log2_frobenius: probes: wanted at least 2, got {probes}")
+        generator = torch.Generator().manual_seed(seed)
+        draws = []
+        for _ in range(probes):
+            made = self._product(self._probe(generator))
+            draws.append(sum(float(part.double().square().sum()) for part in made.values()))
+        squares = torch.tensor(draws, dtype=torch.float64)
+        mean = float(squares.mean())
+        if mean == 0:
+            return -math.inf, 0.0
+        error = float(squares.std()) / math.sqrt(probes) / mean / 2  # of the root
+        return 0.5 * math.log2(mean) + self._scale, error
+
+    def frobenius(self, probes: int = 16, seed: int = 0) -> float:
+        """The Frobenius norm, estimated by ``probes`` products."""
+        return _power(self.log2_frobenius(probes, seed)[0])
+
+    def effective_rank(self, probes: int = 16, seed: int = 0) -> float:
+        """``tr(G)^2 / tr(G^2)``: how many equal eigenvalues would have that trace and norm."""
+        norm = self.log2_frobenius(probes, seed)[0]
+        return _power(2 * (self.log2_trace() - norm)) if norm > -math.inf else 0.0
+
+    def spectral_density(self, probes: int = 8, steps: int = 40, seed: int = 0) -> SpectralDensity:
+        """The distribution of eigenvalues by stochastic Lanczos quadrature (Ubaru, Chen and Saad 2017).
+
+        Args:
+            probes: random starts; the spread over them is the error.
+            steps: products, and points, for each.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        live = sum(int(self._mask(name).sum()) for name in self.network.prunable)
+        starts = (self._flat(self._probe(generator)) for _ in range(probes))
+        return lanczos_density(
+            lambda x: self._flat(self._product(self._parts(x))), starts, min(steps, live), live, self._scale
+        )
+
+
+def _power(level: float) -> float:
+    try:
+        return 2.0**level
+    except OverflowError:
+        return math.inf
+
+
+def _times(part: Powered, exponent: int) -> Tensor:
+    """The numbers at another exponent, in their own type."""
+    return part.tensor * power_of_two(torch.tensor(part.exponent + exponent), part.tensor.dtype).to(part.tensor.device)
+
+
+def _added(a: Powered, b: Powered) -> Powered:
+    top = max(a.exponent, b.exponent)
+    return Powered(_times(a, -top) + _times(b, -top), top)
+
+
+def _scalings(graph: WalkGraph, live: Mapping[str, Tensor]) -> int:
+    """Classes of hidden units that scale as one and lie on a path.
+
+    Units that fixed connections link form a class. A class with an input or output unit cannot be rescaled.
+    """
+    first: dict[tuple[int, bool], int] = {}  # (node, whether the units that enter it) -> number of its first unit
+    count = 0
+    for k in graph.order:
+        first[k, False], count = count, count + graph.units[k]
+        if k in graph.sites:
+            first[k, True], count = count, count + graph.sites[k].entering
+    parent = list(range(count))
+
+    def root(n: int) -> int:
+        while parent[n] != n:
+            parent[n] = parent[parent[n]]
+            n = parent[n]
+        return n
+
+    for k in graph.order:
+        for edge in graph.ahead[k]:
+            base = first[edge.target, edge.target in graph.sites]
+            sources = torch.repeat_interleave(torch.arange(len(edge.ahead.start) - 1), edge.ahead.counts)
+            for source, target in zip(sources.tolist(), edge.ahead.targets.tolist(), strict=True):
+                parent[root(first[k, False] + source)] = root(base + target)
+    fixed = {root(first[k, False] + n) for k in (*graph.inputs, *graph.outputs) for n in range(graph.units[k])}
+    used: set[int] = set()
+    for k, site in graph.sites.items():
+        groups, rows, columns, entries = site.shape
+        there = live[site.weight].reshape(groups, rows, columns, entries).any(3)
+        ends = (there.any(1).flatten(), there.any(2).flatten())  # at the columns, at the rows
+        entering, leaving = ends if site.forward_to_rows else ends[::-1]
+        used |= {root(first[k, True] + n) for n in entering.nonzero()[:, 0].tolist()}
+        used |= {root(first[k, False] + n) for n in leaving.nonzero()[:, 0].tolist()}
+    return len(used - fixed)

@@ -32,12 +32,15 @@ class TangentFlow(PathFlow):
 
     Args:
         network, weights, policy: as for :class:`PathFlow`; the weights' map is ``SQUARE``.
+        keep_squares: hold w^2 from run to run, while masks stay as they are.
 
     Raises:
         ValueError: a network whose R is not multi-affine in u (norms without statistics, products, biases that flow).
     """
 
-    def __init__(self, network: PathNetwork, weights: Mapping[str, Weight], policy: Policy) -> None:
+    def __init__(
+        self, network: PathNetwork, weights: Mapping[str, Weight], policy: Policy, *, keep_squares: bool = False
+    ) -> None:
         super().__init__(network, weights, f=WeightMap.SQUARE, policy=policy)
         for k in self._order:
             node = network.nodes[k]
@@ -47,6 +50,8 @@ class TangentFlow(PathFlow):
         self._along: Mapping[str, Tensor] = {}
         self._sink: Sink | None = None
         self._wants_gradient = True
+        self._keeps = keep_squares
+        self._squares: dict[str, Tensor] = {}
 
     def run(self, along: Mapping[str, Tensor], sink: Sink, gradient: bool = True) -> float:
         """One forward and one backward sweep; returns log2 R_2.
@@ -88,6 +93,13 @@ class TangentFlow(PathFlow):
         flow.tensor[:, 1] = 0
         return flow
 
+    def _square(self, weight: Weight) -> Tensor:
+        if not self._keeps:
+            return weight.effective()
+        if weight.name not in self._squares:
+            self._squares[weight.name] = weight.effective()
+        return self._squares[weight.name]
+
     def _direction(self, weight: Weight) -> Tensor:
         return self._along[weight.name].to(self.device, self.dtype)
 
@@ -95,7 +107,7 @@ class TangentFlow(PathFlow):
 
     def _forward_synapse(self, k: int, node: Synapse, entering: list[Scaled]) -> Scaled:
         weight, x = self.weights[node.weight], entering[0]
-        u, z = weight.effective(), self._direction(weight)
+        u, z = self._square(weight), self._direction(weight)
         if node.form.startswith("conv"):
             both = x.tensor.flatten(0, 2)  # [flow, derivative]
             y = torch.convolution(both, u, None, *geometry_of(node))
@@ -123,7 +135,7 @@ class TangentFlow(PathFlow):
 
     def _backward_synapse(self, k: int, node: Synapse, g: Scaled, guess: Bracket | None) -> list[Scaled]:
         weight = self.weights[node.weight]
-        u, z = weight.effective(), self._direction(weight)
+        u, z = self._square(weight), self._direction(weight)
         wants = self.scored and weight.scored
         wants_flow = node.inputs[0] in self._carries or self.keep_flows
         x, exponent = self._saved.pop(k)
