@@ -35,7 +35,7 @@ FLOORS = [
     {"weights"},
     {"flow"},
     {"liveness", "spatial", "tangent", "gates", "path_sampling", "summed_weights"},
-    {"path_kernel", "path_gram"},
+    {"path_kernel", "path_gram", "tangent_kernel"},
     {"pruners"},
     {"pruning"},
     {"report", "scoring"},

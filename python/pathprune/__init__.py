@@ -35,6 +35,7 @@ from .report import PathCounts, Report, path_counts
 from .scoring import NetworkScores, scores
 from .select import NonFiniteScoreError, Threshold, keep_masks, select_threshold
 from .sparse import SparseConv2d, SparseLinear, densify, load_sparse, save_sparse, sparsify
+from .tangent_kernel import ntk, ntk_trace, ntk_trace_bound, path_activations
 from .version import __version__
 
 __all__ = [
@@ -74,7 +75,11 @@ __all__ = [
     "keep_masks",
     "load_sparse",
     "masked_matmul",
+    "ntk",
+    "ntk_trace",
+    "ntk_trace_bound",
     "pack_mask",
+    "path_activations",
     "path_counts",
     "prune",
     "sample_paths",

@@ -42,7 +42,8 @@ class Recording:
     Attributes:
         inputs: the floating-point inputs, [N, 1, *sample] each.
         outputs: the model's outputs, [N, *shape] each.
-        gates: node -> bool or factor [N, *shape] of a gate; of a max-pool the winners' flat positions, int64.
+        gates: node -> bool or factor [N, *shape] of a gate; of a max-pool the winners' flat positions, int64 (-1: no
+            one's).
     """
 
     inputs: tuple[Tensor, ...]
@@ -181,6 +182,7 @@ class GatedFlow(PathFlow):
     Args:
         network: with all its positions; read from a module.
         signed: flow of the signed network instead (weights mapped by ``IDENTITY``): its output is the model's.
+        any_sign: the source may be negative.
     """
 
     def __init__(
@@ -193,8 +195,9 @@ class GatedFlow(PathFlow):
         source: Sequence[Tensor],
         signed: bool = False,
         scored: bool = False,
+        any_sign: bool = False,
     ) -> None:
-        self.recording, self.signed = recording, signed
+        self.recording, self.signed, self.any_sign = recording, signed, signed or any_sign
         f = WeightMap.IDENTITY if signed else WeightMap.ONE
         super().__init__(network, weights, f=f, policy=policy, source=[x.flatten(0, 1) for x in source], scored=scored)
         self.batched = True
@@ -205,7 +208,7 @@ class GatedFlow(PathFlow):
     # --------------------------------------------------------------------------------------------------- signs
 
     def _peak(self, rows: Tensor) -> Tensor:  # type: ignore[override]
-        if not self.signed:
+        if not self.any_sign:
             return super()._peak(rows)
         low, high = torch.aminmax(rows, dim=1)
         return torch.maximum(-low, high)
@@ -217,11 +220,11 @@ class GatedFlow(PathFlow):
             return expression(self.network.tensors).detach().to(self.device, self.dtype)
 
     def _checked_source(self, tensor: Tensor) -> None:
-        if not self.signed:
+        if not self.any_sign:
             super()._checked_source(tensor)
 
     def _log2_total(self) -> Tensor:
-        return torch.full((self.members,), torch.nan, dtype=torch.float64) if self.signed else super()._log2_total()
+        return torch.full((self.members,), torch.nan, dtype=torch.float64) if self.any_sign else super()._log2_total()
 
     # --------------------------------------------------------------------------------------------------- gates
 
@@ -252,7 +255,7 @@ class GatedFlow(PathFlow):
         at = winners.flatten(-n)[None].expand(self.members, *winners.flatten(-n).shape)
 
         def chosen(x: Tensor) -> Tensor:
-            return x.flatten(-n).gather(-1, at).unflatten(-1, winners.shape[-n:])
+            return (x.flatten(-n).gather(-1, at.clamp(min=0)) * (at >= 0)).unflatten(-1, winners.shape[-n:])
 
         x, exponent = entering[0].tensor, entering[0].exponent
         with torch.enable_grad():
