@@ -29,7 +29,7 @@ from .flow import PathFlow
 from .gates import GatedFlow, Recording
 from .liveness import reach
 from .network import PathNetwork, as_network
-from .nodes import Input
+from .nodes import Input, Norm, Product
 from .ops import WeightMap
 from .policy import Policy, policy_of
 from .spatial import merge_equal_positions
@@ -49,9 +49,15 @@ def log2_trace(
 
     Args:
         masks: bool tensors by name; None: all weights are there.
+
+    Where norms without statistics or products of flows lie on the way, their factors are held fixed.
     """
-    amounts = _gradients(merge_equal_positions(network), masks, policy_of(policy))
-    return _log2_sum(tensor.log2_sum() for tensor in amounts.values())
+    quick = merge_equal_positions(network)
+    if any(isinstance(network.nodes[k], (Norm, Product)) for k in network.alive):
+        parts = [part.log2_sum() for part in _gradients(quick, masks, policy_of(policy)).values()]
+        return float((torch.tensor(parts, dtype=torch.float64) * math.log(2)).logsumexp(0)) / math.log(2)
+    weights = weights_of(quick, quick.prunable, (WeightMap.SQUARE, WeightMap.SQUARE), masks=masks)
+    return TangentFlow(quick, weights, policy_of(policy)).slope()[1]
 
 
 @dataclass(frozen=True)
@@ -80,13 +86,6 @@ def _gradients(network: PathNetwork, masks: Mapping[str, Tensor] | None, policy:
         made = weights[name].written_scores()
         found[name] = Powered(made.weight.reshape(network.tensors[name].shape), made.exponent)
     return found
-
-
-def _log2_sum(parts: Any) -> float:
-    total = torch.tensor(-math.inf, dtype=torch.float64)
-    for part in parts:
-        total = torch.logaddexp2(total, torch.tensor(part, dtype=torch.float64))
-    return float(total)
 
 
 class PathKernel:
@@ -142,8 +141,12 @@ class PathKernel:
         return _gradients(self._quick, self.masks, self.policy)
 
     def log2_trace(self) -> float:
-        """log2 of the trace; -inf where no path is left."""
-        return _log2_sum(part.log2_sum() for part in self._slope.values())
+        """log2 of the trace; -inf where no path is left. One flow, forward."""
+        return self._log2_trace
+
+    @cached_property
+    def _log2_trace(self) -> float:
+        return self._flow.slope()[1]
 
     def trace(self) -> float:
         """The trace, ``sum_p sum_{i in p} (v_p / w_i)^2``; inf beyond the range of float64."""
@@ -208,15 +211,14 @@ class PathKernel:
     # ------------------------------------------------------------------------------------------------ matvec
 
     def matvec(self, x: Vector) -> Vector:
-        """``G x``, shaped as x is given, float64. One flow with its tangent.
+        """``G x``, of the shape and type that x has (inf beyond that type's range). One flow with its tangent.
 
         Raises:
             ValueError: entries for other weights, or of another number.
         """
-        parts = self._parts(x)
-        scale = self._scale
-        made = {name: torch.ldexp(part.double(), torch.tensor(scale)) for name, part in self._product(parts).items()}
-        return torch.cat([made[n].flatten() for n in self.network.prunable]) if isinstance(x, Tensor) else made
+        parts, unit = self._parts(x), _power(self._scale)
+        made = {name: part.to(parts[name].dtype) * unit for name, part in self._product(parts).items()}
+        return self._flat(made) if isinstance(x, Tensor) else made
 
     def _parts(self, x: Vector) -> dict[str, Tensor]:
         names, total = self.network.prunable, sum(self._sizes)
@@ -230,7 +232,7 @@ class PathKernel:
             pieces = ((name, x[name]) for name in names)
         return {name: piece.reshape(self.network.tensors[name].shape) for name, piece in pieces}
 
-    @property
+    @cached_property
     def _scale(self) -> int:
         """G is handled as ``2^scale`` times a matrix of trace at most 1."""
         level = self.log2_trace()
@@ -240,6 +242,10 @@ class PathKernel:
     def _flow(self) -> TangentFlow:
         weights = weights_of(self._quick, self.network.prunable, (WeightMap.SQUARE, WeightMap.SQUARE), masks=self.masks)
         return TangentFlow(self._quick, weights, self.policy, keep_squares=True)
+
+    @cached_property
+    def _scaled_slope(self) -> dict[str, Tensor]:
+        return {name: _times(part, -self._scale) for name, part in self._slope.items()}
 
     def _weight(self, name: str) -> Tensor:
         return self.network.tensors[name].detach().to(self._flow.dtype)
@@ -270,16 +276,15 @@ class PathKernel:
 
     def _product(self, x: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``2^-scale G x`` in the type of the flow."""
-        dtype, scale = self._flow.dtype, self._scale
-        x = {name: part.to(dtype) for name, part in x.items()}
+        dtype = self._flow.dtype
+        x = {name: part.to(self.network.device, dtype) for name, part in x.items()}
         if self.masks is not None:
             x = {name: part * self._mask(name) for name, part in x.items()}
         tangents = self._tangents({name: part * self._weight(name) for name, part in x.items()}, gradient=False)
         made = {}
         for name, part in x.items():
-            slope, (_, product) = self._slope[name], tangents[name]
-            own = part * _times(slope, -scale)
-            made[name] = own.addcmul_(self._weight(name), _times(product, -scale))
+            own, (_, product) = part * self._scaled_slope[name], tangents[name]
+            made[name] = own.addcmul_(self._weight(name), product.tensor, value=_power(product.exponent - self._scale))
             if self.masks is not None:
                 made[name] *= self._mask(name)
         return made
@@ -324,7 +329,7 @@ class PathKernel:
         dtype = self._flow.dtype
         tolerance = tolerance if tolerance is not None else 1e-10 if dtype == torch.float64 else 1e-5
         theta = self._flat({name: self._weight(name) for name in self.network.prunable})
-        slope = self._flat({name: _times(part, -self._scale) for name, part in self._slope.items()})
+        slope = self._flat(self._scaled_slope)
         shapes = {name: self.network.tensors[name].shape for name in self.network.prunable}
         sets = numbered(summed_weights(self._quick, self.policy), shapes, live)
         space = Reduced(theta[live], slope[live], sets)

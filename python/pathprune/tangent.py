@@ -21,7 +21,7 @@ from .nodes import Node, Norm, Product, Shift, Synapse
 from .ops import WeightMap
 from .policy import Policy
 from .select import Bracket
-from .weights import Scaled, Weight
+from .weights import Scaled, Weight, product
 
 Sink = Callable[[Weight, Tensor | None, Tensor, Tensor], None]
 """Takes (weight, gradient, Hessian-vector product, exponent), both of the weight's shape times 2^exponent."""
@@ -50,8 +50,25 @@ class TangentFlow(PathFlow):
         self._along: Mapping[str, Tensor] = {}
         self._sink: Sink | None = None
         self._wants_gradient = True
+        self._only_masks = False
         self._keeps = keep_squares
         self._squares: dict[str, Tensor] = {}
+
+    def slope(self) -> tuple[float, float]:
+        """log2 of R_2, and of its derivative along the mask (the sum of dR_2/du over all weights): forward alone.
+
+        With nothing pruned, what the direction carries is the same for every unit that leaves: a sum over those that
+        enter, which no weight is read for.
+        """
+        self._along, self._only_masks = {}, True
+        total = float(self.forward()[0])
+        self._only_masks = False
+        slopes = {k: Scaled(self.values[k].tensor[:, 1:], self.values[k].exponent) for k in self.network.outputs}
+        both, self.values = self.values, slopes
+        slope = float(PathFlow._log2_total(self)[0])
+        self.values = both
+        self._saved.clear()
+        return total, slope
 
     def run(self, along: Mapping[str, Tensor], sink: Sink, gradient: bool = True) -> float:
         """One forward and one backward sweep; returns log2 R_2.
@@ -100,8 +117,13 @@ class TangentFlow(PathFlow):
             self._squares[weight.name] = weight.effective()
         return self._squares[weight.name]
 
-    def _direction(self, weight: Weight) -> Tensor:
-        return self._along[weight.name].to(self.device, self.dtype)
+    def _direction(self, weight: Weight) -> Tensor | None:
+        """The direction of a weight's u; None for ones everywhere."""
+        if not self._only_masks:
+            return self._along[weight.name].to(self.device, self.dtype)
+        if not weight.scored:
+            return torch.zeros(weight.shape, dtype=self.dtype, device=self.device)
+        return None if weight.mask is None else weight.bits().to(self.device, self.dtype)
 
     # ----------------------------------------------------------------------------------------------- synapses
 
@@ -111,17 +133,33 @@ class TangentFlow(PathFlow):
         if node.form.startswith("conv"):
             both = x.tensor.flatten(0, 2)  # [flow, derivative]
             y = torch.convolution(both, u, None, *geometry_of(node))
-            y[1:] += torch.convolution(both[:1], z, None, *geometry_of(node))
+            if z is None:
+                y[1:] += self._summed_convolution(both[:1], u, node)
+            else:
+                y[1:] += torch.convolution(both[:1], z, None, *geometry_of(node))
             result = y[None].unsqueeze(2)
             self._saved[k] = (both, x.exponent)
         else:
             rows = self._both_rows(x.tensor, node)
             half = rows.shape[1] // 2
-            y = torch.bmm(rows, self._matrix(u, weight, node))
-            y[:, half:] += torch.bmm(rows[:, :half], self._matrix(z, weight, node))
+            y = product(rows, self._matrix(u, weight, node))
+            y[:, half:] += rows[:, :half].sum(2, keepdim=True) if z is None else self._along_rows(rows, z, weight, node)
             result = self._unrowed(y, None, x.tensor, node)
             self._saved[k] = (rows, x.exponent)
         return self._normalised(result, x.exponent)
+
+    def _along_rows(self, rows: Tensor, z: Tensor, weight: Weight, node: Synapse) -> Tensor:
+        return product(rows[:, : rows.shape[1] // 2], self._matrix(z, weight, node))
+
+    @staticmethod
+    def _summed_convolution(x: Tensor, w: Tensor, node: Synapse) -> Tensor:
+        """A convolution with ones: the channels of a group are summed first, and one channel of it is made."""
+        stride, padding, dilation, transposed, output_padding, groups = geometry_of(node)
+        sums = x.unflatten(1, (groups, -1)).sum(2)
+        ones = torch.ones((groups, 1, *w.shape[2:]), dtype=w.dtype, device=w.device)
+        y = torch.convolution(sums, ones, None, stride, padding, dilation, transposed, output_padding, groups)
+        leaving = w.shape[1] if transposed else w.shape[0] // groups
+        return y.repeat_interleave(leaving, 1)
 
     def _both_rows(self, x: Tensor, node: Synapse) -> Tensor:
         """[G, 2 T, in]: the rows of the flow, then those of its derivative."""
@@ -136,6 +174,7 @@ class TangentFlow(PathFlow):
     def _backward_synapse(self, k: int, node: Synapse, g: Scaled, guess: Bracket | None) -> list[Scaled]:
         weight = self.weights[node.weight]
         u, z = self._square(weight), self._direction(weight)
+        assert z is not None
         wants = self.scored and weight.scored
         wants_flow = node.inputs[0] in self._carries or self.keep_flows
         x, exponent = self._saved.pop(k)
@@ -186,8 +225,8 @@ class TangentFlow(PathFlow):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         left = self._both_rows(g, node)
         half = left.shape[1] // 2
-        inward = torch.bmm(left, self._matrix(u, weight, node).transpose(1, 2))
-        inward[:, half:] += torch.bmm(left[:, :half], self._matrix(z, weight, node).transpose(1, 2))
+        inward = product(left, self._matrix(u, weight, node).transpose(1, 2))
+        inward[:, half:] += product(left[:, :half], self._matrix(z, weight, node).transpose(1, 2))
         first = second = None
         if wants:
             turned = torch.cat([left[:, half:], left[:, :half]], 1)
@@ -201,4 +240,4 @@ class TangentFlow(PathFlow):
     def _outer(g: Tensor, x: Tensor, weight: Weight, node: Synapse) -> Tensor:
         """sum_t g_t x_t^T, laid as the weight is stored."""
         left, right = (x, g) if node.form == "linear_t" else (g, x)
-        return torch.bmm(left.transpose(1, 2), right).reshape(weight.shape)
+        return product(left.transpose(1, 2), right).reshape(weight.shape)

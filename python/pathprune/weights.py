@@ -151,7 +151,7 @@ class Weight:
             if pattern is not None:
                 return sparse_matmul(self._stored(), x, pattern, self.f, self.transposed)
             effective = self.effective().reshape(self.groups, -1, self.columns)
-            return _product(x, effective if self.transposed != turned else effective.transpose(1, 2))
+            return product(x, effective if self.transposed != turned else effective.transpose(1, 2))
         waiting, kept = self._cut, self._scores
         if waiting is None or kept is None or kept.x is None or self.transposed:
             self.settle()
@@ -181,11 +181,11 @@ class Weight:
                 self.effective().reshape(self.groups, -1, self.columns),
                 self.transposed != turned,
             )
-            inward = _product(g.tensor, effective.transpose(1, 2) if transposed else effective)
+            inward = product(g.tensor, effective.transpose(1, 2) if transposed else effective)
             if score and self.scored:
                 left, right = (x.tensor, g.tensor) if transposed else (g.tensor, x.tensor)
                 gradient = self._scratch.like(effective, effective.dtype)
-                _product(left.transpose(1, 2), right, out=gradient)
+                product(left.transpose(1, 2), right, out=gradient)
                 self.write_scores(gradient, x.exponent + g.exponent)
             return inward
         at_columns, at_rows = (g.tensor, x.tensor) if self.transposed else (x.tensor, g.tensor)
@@ -463,7 +463,7 @@ def _full_mask(rows: Tensor) -> Tensor:
     return mask
 
 
-def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """[G, M, N] = [G, M, L] @ [G, L, N]; a single group goes through the faster plain product."""
     if a.shape[0] != 1:
         return torch.bmm(a, b, out=out)
