@@ -34,7 +34,7 @@ from .ops import WeightMap
 from .policy import Policy, policy_of
 from .spatial import merge_equal_positions
 from .spectrum import Eigenpairs, SpectralDensity, lanczos_density, leading_eigenpairs
-from .summed_weights import Reduced, numbered, summed_weights
+from .summed_weights import Reduced, summed_weights
 from .tangent import TangentFlow
 from .walk_graph import WalkGraph, walk_graph
 from .weights import Weight, power_of_two, weights_of
@@ -323,37 +323,33 @@ class PathKernel:
         return self._leading(k, options.get("tolerance"), options.get("progress")).values.log2() + self._scale
 
     def _leading(self, k: int, tolerance: float | None, progress: bool | None) -> Eigenpairs:
-        live = torch.cat([self._mask(name).flatten() for name in self.network.prunable]).nonzero()[:, 0]
-        if not 1 <= k <= len(live):
-            raise ValueError(f"PathKernel.top_eigenpairs: k: wanted 1 to {len(live)} (the live weights), got {k}")
-        dtype = self._flow.dtype
-        tolerance = tolerance if tolerance is not None else 1e-10 if dtype == torch.float64 else 1e-5
-        theta = self._flat({name: self._weight(name) for name in self.network.prunable})
-        slope = self._flat(self._scaled_slope)
-        shapes = {name: self.network.tensors[name].shape for name in self.network.prunable}
-        sets = numbered(summed_weights(self._quick, self.policy), shapes, live)
-        space = Reduced(theta[live], slope[live], sets)
-
-        def whole(x: Tensor) -> Tensor:
-            return torch.zeros_like(theta).index_copy_(0, live, x.to(theta.dtype))
-
-        def product(y: Tensor) -> Tensor:
-            made = self._flat(self._product(self._parts(whole(space.expanded(y)))))
-            return space.reduced(made[live])
-
-        start = space.reduced(theta[live].sign())
-        found = leading_eigenpairs(product, start, min(k, space.count), tolerance, progress)
+        left = sum(int(self._mask(name).sum()) for name in self.network.prunable)
+        if not 1 <= k <= left:
+            raise ValueError(f"PathKernel.top_eigenpairs: k: wanted 1 to {left} (the live weights), got {k}")
+        tolerance = tolerance if tolerance is not None else 1e-10 if self._flow.dtype == torch.float64 else 1e-5
+        theta = {name: self._weight(name) for name in self.network.prunable}
+        sets = summed_weights(self._quick, self.policy)
+        space = Reduced(theta, self._scaled_slope, self.masks, sets)
+        start = space.reduced({name: w.sign() for name, w in theta.items()})
+        found = leading_eigenpairs(
+            lambda y: space.reduced(self._product(space.expanded(y))),
+            start,
+            min(k, space.count),
+            tolerance,
+            progress,
+        )
         within, places = space.closed_form(k)
         order = torch.cat([found.values, within]).argsort(descending=True, stable=True)[:k].tolist()
-        vectors, residuals = [], []
-        for position in order:
-            own = position < len(found.values)
-            place = position - len(found.values)
-            small = space.expanded(found.vectors[:, position].to(theta)) if own else space.direction(*places[place])
-            vectors.append(whole(small).cpu())
-            residuals.append(float(found.residuals[position]) if own else 0.0)
-        values = torch.cat([found.values, within])[order]
-        return Eigenpairs(values, torch.stack(vectors, 1), torch.tensor(residuals, dtype=torch.float64))
+        vectors = torch.empty(sum(self._sizes), k, dtype=self._flow.dtype)
+        residuals = torch.zeros(k, dtype=torch.float64)
+        for column, position in enumerate(order):
+            if position < len(found.values):
+                parts = space.expanded(found.vectors[:, position].to(start))
+                residuals[column] = found.residuals[position]
+            else:
+                parts = space.direction(*places[position - len(found.values)])
+            vectors[:, column] = self._flat(parts)
+        return Eigenpairs(torch.cat([found.values, within])[order], vectors, residuals)
 
     def _flat(self, parts: Mapping[str, Tensor]) -> Tensor:
         return torch.cat([parts[name].flatten() for name in self.network.prunable])

@@ -11,6 +11,7 @@ Found from the flows that pass no weight before the first, or after the last, sy
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -102,66 +103,123 @@ def _sets(shape: torch.Size, node: Synapse, entering: Tensor | None, leaving: Te
     return torch.unique(key, dim=0, return_inverse=True)[1].reshape(shape)
 
 
+@dataclass
+class _Sets:
+    """The sets of one tensor's live weights."""
+
+    of: Tensor  # [live] int64: the set of each
+    directions: Tensor  # [live]: its share of its set's direction w_S / |w_S|
+    sizes: Tensor  # [sets]
+    slope: Tensor  # [sets] float64: dR_2/du of the members
+    empty: Tensor  # [sets] bool: all members 0, so no direction of its own
+
+
+@dataclass
+class _Segment:
+    """One tensor's coordinates: ``[start, stop)`` of the reduced vector."""
+
+    name: str
+    shape: torch.Size
+    live: Tensor | None  # flat positions of the weights that are left; None: all
+    sets: _Sets | None  # None: each weight is its own
+    start: int
+    stop: int
+
+
 class Reduced:
-    """Coordinates of the live weights with each set of summed weights as one.
+    """Coordinates of the live weights with each set of summed weights as one; vectors [count].
 
     Args:
-        theta: the live weights, flat.
-        slope: their dR_2/du.
-        sets: for each live weight the number of its set, in [0, count); those of no set are a set of one.
+        tensors: the weights by name.
+        slopes: their dR_2/du, shaped like them.
+        masks: bool, by name; None: all are left.
+        sets: from :func:`summed_weights`.
     """
 
-    def __init__(self, theta: Tensor, slope: Tensor, sets: Tensor) -> None:
-        self.sets, self.slope = sets, slope
-        self.count = int(sets.max()) + 1 if sets.numel() else 0
-        self.sizes = torch.bincount(sets, minlength=self.count)
-        norm = torch.zeros(self.count, dtype=torch.float64, device=theta.device)
-        norm.index_add_(0, sets, theta.double().square()).sqrt_()
-        alone = (self.sizes == 1)[sets]
-        self.directions = torch.where(alone, 1.0, theta.double() / norm.clamp(min=5e-324)[sets]).to(theta.dtype)
-        self.empty = (norm == 0) & (self.sizes > 1)  # sets of zeros have no direction of their own
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        slopes: Mapping[str, Tensor],
+        masks: Mapping[str, Tensor] | None,
+        sets: Mapping[str, Tensor],
+    ) -> None:
+        self.segments: list[_Segment] = []
+        self.count = 0
+        for name, tensor in tensors.items():
+            mask = None if masks is None else masks.get(name)
+            live = None if mask is None else mask.flatten().nonzero()[:, 0].to(tensor.device)
+            size = tensor.numel() if live is None else len(live)
+            if name not in sets or size == 0:
+                self._append(name, tensor.shape, live, None, size)
+                continue
 
-    def reduced(self, x: Tensor) -> Tensor:
-        return x.new_zeros(self.count).index_add_(0, self.sets, x * self.directions)
+            def pick(tensor: Tensor, live: Tensor | None = live) -> Tensor:
+                return tensor.flatten() if live is None else tensor.flatten()[live]
 
-    def expanded(self, y: Tensor) -> Tensor:
-        return y[self.sets] * self.directions
+            own = torch.unique(pick(sets[name].to(tensor.device)), return_inverse=True)[1]
+            theta, slope = pick(tensor), pick(slopes[name])
+            count = int(own.max()) + 1
+            sizes = torch.bincount(own, minlength=count)
+            norm = torch.zeros(count, dtype=torch.float64, device=tensor.device)
+            norm.index_add_(0, own, theta.double().square()).sqrt_()
+            shares = torch.where((sizes == 1)[own], 1.0, theta.double() / norm.clamp(min=5e-324)[own])
+            mean = torch.zeros_like(norm).index_add_(0, own, slope.double()) / sizes
+            empty = (norm == 0) & (sizes > 1)
+            made = _Sets(own, shares.to(tensor.dtype), sizes, mean, empty)
+            self._append(name, tensor.shape, live, made, count)
 
-    def closed_form(self, k: int) -> tuple[Tensor, list[tuple[int, int]]]:
-        """The k largest eigenvalues within sets, descending, and for each (set, which of its directions)."""
-        shared = torch.zeros(self.count, dtype=torch.float64, device=self.slope.device)
-        shared.index_add_(0, self.sets, self.slope.double())
-        multiplicity = self.sizes - 1 + self.empty
-        values = torch.where(multiplicity > 0, shared / self.sizes.clamp(min=1), -torch.inf)
-        chosen: list[tuple[int, int]] = []
-        found: list[float] = []
-        top = values.topk(min(k, self.count))
-        for value, s in zip(top.values.tolist(), top.indices.tolist(), strict=True):
-            for which in range(min(int(multiplicity[s]), k - len(found))):
-                chosen.append((s, which))
-                found.append(value)
-        return torch.tensor(found, dtype=torch.float64), chosen
+    def _append(self, name: str, shape: torch.Size, live: Tensor | None, sets: _Sets | None, size: int) -> None:
+        self.segments.append(_Segment(name, shape, live, sets, self.count, self.count + size))
+        self.count += size
 
-    def direction(self, s: int, which: int) -> Tensor:
-        """The which-th of an orthonormal basis of the directions within a set that leave R_2 alone."""
-        members = (self.sets == s).nonzero()[:, 0]
-        own = self.directions[members].double()
+    def reduced(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """Of whole tensors."""
+        first = next(iter(parts.values()))
+        out = first.new_zeros(self.count)
+        for s in self.segments:
+            x = parts[s.name].flatten() if s.live is None else parts[s.name].flatten()[s.live]
+            if s.sets is None:
+                out[s.start : s.stop] = x
+            else:
+                out[s.start : s.stop].index_add_(0, s.sets.of, x * s.sets.directions)
+        return out
+
+    def expanded(self, y: Tensor) -> dict[str, Tensor]:
+        """Whole tensors, 0 where weights are pruned."""
+        parts = {}
+        for s in self.segments:
+            x = y[s.start : s.stop]
+            if s.sets is not None:
+                x = x[s.sets.of] * s.sets.directions
+            if s.live is not None:
+                x = x.new_zeros(s.shape.numel()).index_copy_(0, s.live, x)
+            parts[s.name] = x.reshape(s.shape)
+        return parts
+
+    def closed_form(self, k: int) -> tuple[Tensor, list[tuple[int, int, int]]]:
+        """The k largest eigenvalues within sets, descending, each with (tensor, set, which of its directions)."""
+        found: list[tuple[float, tuple[int, int, int]]] = []
+        for position, s in enumerate(self.segments):
+            if s.sets is None:
+                continue
+            multiplicity = s.sets.sizes - 1 + s.sets.empty
+            values = torch.where(multiplicity > 0, s.sets.slope, -torch.inf)
+            top = values.topk(min(k, len(values)))
+            for value, which in zip(top.values.tolist(), top.indices.tolist(), strict=True):
+                for direction in range(min(int(multiplicity[which]), k)):
+                    found.append((value, (position, which, direction)))
+        found.sort(key=lambda pair: -pair[0])
+        return torch.tensor([v for v, _ in found[:k]], dtype=torch.float64), [place for _, place in found[:k]]
+
+    def direction(self, position: int, which: int, number: int) -> dict[str, Tensor]:
+        """One of an orthonormal basis of the directions within a set that leave R_2 alone, as whole tensors."""
+        s = self.segments[position]
+        assert s.sets is not None
+        members = (s.sets.of == which).nonzero()[:, 0]
+        own = s.sets.directions[members].double()
         basis = torch.linalg.qr(torch.cat([own[:, None], torch.eye(len(own)).to(own)], 1))[0]
-        first = 0 if bool(self.empty[s]) else 1
-        vector = torch.zeros(len(self.sets), dtype=torch.float64, device=own.device)
-        vector[members] = basis[:, which + first]
-        return vector
-
-
-def numbered(sets: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], live: Tensor) -> Tensor:
-    """Sets of all live weights, in order, numbered from 0 without gaps."""
-    parts, count = [], 0
-    for name, shape in shapes.items():
-        own = sets.get(name)
-        flat = torch.arange(shape.numel()) if own is None else own.flatten().cpu()
-        parts.append(flat + count)
-        count += int(flat.max()) + 1 if flat.numel() else 0
-    every = torch.cat(parts).to(live.device)[live]
-    used = torch.zeros(count, dtype=torch.bool, device=live.device)
-    used[every] = True
-    return (used.cumsum(0) - 1)[every]
+        column = basis[:, number + (0 if bool(s.sets.empty[which]) else 1)].to(s.sets.directions.dtype)
+        parts = {o.name: column.new_zeros(o.shape) for o in self.segments}
+        flat = members if s.live is None else s.live[members]
+        parts[s.name].view(-1)[flat] = column
+        return parts
