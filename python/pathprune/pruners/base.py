@@ -74,6 +74,15 @@ class Pruner:
         return {key: value for key, value in self.__dict__.items() if isinstance(value, (int, float, str, bool))}
 
 
+def require_scores(pruner: object, who: str) -> None:
+    """Raises TypeError for what is no pruner, or takes weights without scoring them."""
+    if not isinstance(pruner, Pruner):
+        got = pruner.__name__ if isinstance(pruner, type) else type(pruner).__name__
+        raise TypeError(f"{who}: base: wanted a pruner such as SynFlow(), got {got}")
+    if type(pruner).scorer is Pruner.scorer:
+        raise TypeError(f"{who}: base: wanted a pruner that scores weights, got {pruner.name}, which does not")
+
+
 @dataclass(frozen=True)
 class PathPruner(Pruner):
     """A method whose score is the sum over paths through a weight."""
