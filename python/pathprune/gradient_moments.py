@@ -2,7 +2,8 @@
 
 The diagnostic of Robust Pruning at Initialization (Hayou, Ton, Doucet, Teh, ICLR 2021): sensitivity-based pruning
 (SBP, SNIP) keeps the largest ``|W dL/dW|`` of all layers together. On the edge of chaos m^l is alike in all layers; off
-it m^l changes exponentially with depth, so one common threshold empties the layers on one end.
+it m^l changes exponentially with depth, so one common threshold empties the layers on one end. Not so in ReLU nets
+without biases: there the sum of W dL/dW is the same in every layer at any scale (homogeneity), and m^l stays level.
 """
 
 from __future__ import annotations
