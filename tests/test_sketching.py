@@ -150,7 +150,7 @@ def test_replacement_across_layers_follows_the_scores_at_any_scale():
     assert abs(hits / trials - wanted) < 4.5 * (wanted * (1 - wanted) / trials) ** 0.5
     with torch.no_grad():
         model[0].weight *= 1e30
-    cold = pp.prune(network, pp.Sketch(pp.Magnitude(), temperature=1e-3, replacement=True), density=0.5)
+    cold = pp.prune(network, pp.Sketch(pp.Magnitude(), temperature=1e-6, replacement=True), density=0.5)
     top = pp.prune(network, pp.Magnitude(), density=1 / 150)
     assert cold == top  # every draw takes the largest
 
