@@ -101,3 +101,91 @@ def test_with_replacement_bad_arguments():
     ):
         with pytest.raises(ValueError, match="sample_with_replacement"):
             sample_with_replacement(scores, draws, 0)
+
+
+def test_one_round_schedule_samples():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 10)), torch.ones(1, 20)
+    options = {"density": 0.2, "schedule": "one-shot", "example_input": x}
+    sampled = [pp.prune(model, pp.Sketch(pp.SynFlow(rounds=9)), seed=seed, **options) for seed in (0, 0, 1)]
+    assert sampled[0] == sampled[1] != sampled[2] and sampled[0] != pp.prune(model, pp.SynFlow(rounds=9), **options)
+
+
+@pytest.mark.parametrize("replacement", [False, True])
+def test_layer_scope_draws_a_quota_of_each_layer(replacement):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 10)), torch.ones(1, 20)
+    with torch.no_grad():
+        model[2].weight *= 1e-3  # in a global draw next to nothing would be left of it
+    pruner = pp.Sketch(pp.Magnitude(), replacement=replacement)
+    apart = pp.prune(model, pruner, density=0.2, scope="layer", example_input=x)
+    together = pp.prune(model, pruner, density=0.2, example_input=x)
+    assert together.counts()["2.weight"].kept < 5
+    if not replacement:
+        assert {name: count.kept for name, count in apart.counts().items()} == {"0.weight": 120, "2.weight": 60}
+        return
+    findings = apart.metadata["findings"]
+    assert findings["draws"] == 180 and findings["distinct"] == apart.kept == findings["kept"][-1]
+    assert 30 < apart.counts()["2.weight"].kept < 60 and 60 < apart.counts()["0.weight"].kept < 120
+
+
+def test_frequencies_with_replacement_are_those_of_independent_draws():
+    values, keep, draws = [0.05, 0.1, 0.5, 1.0, 2.0, 0.0], 3, 500
+    p = torch.tensor(values) / sum(values)
+    wanted = 1 - (1 - p) ** keep
+    found = frequencies(pp.Sketch(pp.Magnitude(), replacement=True), values, keep, draws)
+    deviation = (wanted * (1 - wanted) / draws).sqrt()
+    assert bool(((found - wanted).abs() < 4.5 * deviation + 1e-3).all()), (found, wanted)
+
+
+def test_replacement_across_layers_follows_the_scores_at_any_scale():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 30, bias=False), nn.Linear(30, 1, bias=False)), torch.ones(1, 4)
+    mass = [float(layer.weight.detach().abs().sum()) for layer in model]
+    network = pp.PathNetwork.from_module(model, x)
+    only = pp.Sketch(pp.Magnitude(), replacement=True)
+    trials = 600
+    hits = sum(pp.prune(network, only, density=1 / 150, seed=seed).counts()["0.weight"].kept for seed in range(trials))
+    wanted = mass[0] / sum(mass)
+    assert abs(hits / trials - wanted) < 4.5 * (wanted * (1 - wanted) / trials) ** 0.5
+    with torch.no_grad():
+        model[0].weight *= 1e30
+    cold = pp.prune(network, pp.Sketch(pp.Magnitude(), temperature=1e-6, replacement=True), density=0.5)
+    top = pp.prune(network, pp.Magnitude(), density=1 / 150)
+    assert cold == top  # every draw takes the largest
+
+
+def test_error_of_the_estimate_is_the_law_and_the_optimum():
+    """E|estimate - y|^2 = ((sum |w| |X|)^2 - |y|^2) / s at p ~ |w| |X|, and more at p ~ |w| and at uniform p."""
+    torch.manual_seed(1)
+    w, X = torch.randn(10).double(), torch.randn(10, 4).double() * torch.logspace(-1, 1, 10).double()[:, None]
+    y, norms, s, trials = X.T @ w, X.norm(dim=1), 5, 3000
+
+    def error(p):
+        p = p / p.sum()
+        found = [sample_with_replacement(p, s, seed)[1] * w @ X - y for seed in range(trials)]
+        squares = torch.stack([e.square().sum() for e in found])
+        law = float(((w * norms).square() / p).sum() - y.square().sum()) / s
+        assert abs(float(squares.mean()) - law) < 4.5 * float(squares.std()) / trials**0.5
+        return law
+
+    best = error(w.abs() * norms)
+    assert best == pytest.approx(float((w.abs() * norms).sum() ** 2 - y.square().sum()) / s)
+    assert best < error(w.abs()) and best < error(torch.ones(10).double())
+
+
+def test_bad_sketches():
+    x = torch.ones(1, 4)
+    with pytest.raises(TypeError, match=r"Sketch: base: .* got PHEW"):
+        pp.Sketch(pp.PHEW())
+    with pytest.raises(TypeError, match=r"Sketch: base: .* got str"):
+        pp.Sketch("magnitude")
+    for temperature in (0.0, -1.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="Sketch: temperature"):
+            pp.Sketch(pp.Magnitude(), temperature=temperature)
+    with pytest.raises(ValueError, match=r"Sketch: replacement: .* 'row'"):
+        pp.prune(
+            nn.Linear(4, 4), pp.Sketch(pp.Magnitude(), replacement=True), density=0.5, scope="row", example_input=x
+        )
+    with pytest.raises(ValueError, match="Sketch: base: wanted scores above 0"):
+        pp.prune(layer([0.0] * 4), pp.Sketch(pp.Magnitude(), replacement=True), density=0.5, example_input=x)

@@ -8,8 +8,10 @@ masks.apply_(model)
 
 from ._mask_io import MaskFileError, MaskMismatchError
 from .batches import class_balanced
+from .gradient_moments import GradientMoments, gradient_moments
 from .masked import PackedMask, masked_matmul, pack_mask
 from .masks import Masks
+from .mean_field import EdgeOfChaos, chi, critical_sparsity_bound, edge_of_chaos, edge_of_chaos_init_
 from .network import PathNetwork, SupportReport, UnsupportedModelError
 from .ops import WeightMap
 from .path_kernel import PathKernel
@@ -32,15 +34,21 @@ from .pruners import (
 )
 from .pruning import prune
 from .report import PathCounts, Report, path_counts
+from .rescaling import Rescaling, rescale_
+from .sanity import Inverted, random_labels, reinit, shuffled_pixels
 from .scoring import NetworkScores, scores
 from .select import NonFiniteScoreError, Threshold, keep_masks, select_threshold
 from .sparse import SparseConv2d, SparseLinear, densify, load_sparse, save_sparse, sparsify
+from .stable_resnet import StableResNet, stable_resnet
 from .tangent_kernel import ntk, ntk_trace, ntk_trace_bound, path_activations
 from .version import __version__
 
 __all__ = [
     "PHEW",
     "PX",
+    "EdgeOfChaos",
+    "GradientMoments",
+    "Inverted",
     "Magnitude",
     "MaskFileError",
     "MaskMismatchError",
@@ -57,9 +65,11 @@ __all__ = [
     "Pruner",
     "Random",
     "Report",
+    "Rescaling",
     "Sketch",
     "SparseConv2d",
     "SparseLinear",
+    "StableResNet",
     "SupportReport",
     "SynFlow",
     "SynFlowDist",
@@ -70,8 +80,13 @@ __all__ = [
     "UnsupportedModelError",
     "WeightMap",
     "__version__",
+    "chi",
     "class_balanced",
+    "critical_sparsity_bound",
     "densify",
+    "edge_of_chaos",
+    "edge_of_chaos_init_",
+    "gradient_moments",
     "keep_masks",
     "load_sparse",
     "masked_matmul",
@@ -82,10 +97,15 @@ __all__ = [
     "path_activations",
     "path_counts",
     "prune",
+    "random_labels",
+    "reinit",
+    "rescale_",
     "sample_paths",
     "sample_with_replacement",
     "save_sparse",
     "scores",
     "select_threshold",
+    "shuffled_pixels",
     "sparsify",
+    "stable_resnet",
 ]

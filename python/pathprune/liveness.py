@@ -212,18 +212,32 @@ def _bits(words: Tensor, columns: int) -> Tensor:
 
 def _branches(network: PathNetwork, open_: Mapping[tuple[int, int], bool]) -> Iterator[Branch]:
     """The sides of every sum that begin at a common fork and hold weights."""
+    for k, sides in forks(network):
+        for position, side in sides.items():
+            weights = _weights_in(network, side)
+            if weights and (k, position) in open_:
+                yield Branch(_common_name(weights), network.nodes[k].where, weights, open_[k, position])
+
+
+def forks(network: PathNetwork) -> Iterator[tuple[int, dict[int, int]]]:
+    """Every live sum whose summands begin at a common fork, as its index.
+
+    With it, position of a summand -> the nodes that lead to this summand and no other, as the bits of an integer.
+    """
     above = _ancestors(network)
     for k, node in enumerate(network.nodes):
         if not isinstance(node, Sum) or k not in network.alive:
             continue
-        sides = [above[i] for i in node.inputs]
-        for position, side in enumerate(sides):
+        ancestors = [above[i] for i in node.inputs]
+        sides = {}
+        for position, side in enumerate(ancestors):
             others = 0
-            for other, ancestors in enumerate(sides):
-                others |= ancestors if other != position else 0
-            weights = _weights_in(network, side & ~others)
-            if side & others and weights and (k, position) in open_:
-                yield Branch(_common_name(weights), node.where, weights, open_[k, position])
+            for other, bits in enumerate(ancestors):
+                others |= bits if other != position else 0
+            if side & others:
+                sides[position] = side & ~others
+        if sides:
+            yield k, sides
 
 
 def _ancestors(network: PathNetwork) -> list[int]:

@@ -73,6 +73,15 @@ class Pruner:
         return {key: value for key, value in self.__dict__.items() if isinstance(value, (int, float, str, bool))}
 
 
+def require_scores(pruner: object, who: str) -> None:
+    """Raises TypeError for what is no pruner, or takes weights without scoring them."""
+    if not isinstance(pruner, Pruner):
+        got = pruner.__name__ if isinstance(pruner, type) else type(pruner).__name__
+        raise TypeError(f"{who}: base: wanted a pruner such as SynFlow(), got {got}")
+    if type(pruner).scorer is Pruner.scorer:
+        raise TypeError(f"{who}: base: wanted a pruner that scores weights, got {pruner.name}, which does not")
+
+
 @dataclass(frozen=True)
 class PathPruner(Pruner):
     """A method whose score is the sum over paths through a weight."""
@@ -161,6 +170,18 @@ class Selection:
         usable = self.scope.kind == "global" and not self.allow_regrowth
         self._guess = self._forecast.bracket(density) if usable else None
         return self._guess
+
+    def sizes(self, density: float, layer_plan: Callable[[float], Mapping[str, float]]) -> tuple[int, dict[str, int]]:
+        """How many weights stay at that density in all, and of each layer (or each of its rows)."""
+        if self.count == "published":
+            keep = self.total - int((1.0 - density) * self.total)
+        else:
+            keep = round(self.total * density)
+        shares = {}
+        for weight in self.weights:
+            size = weight.columns if self.scope.kind in ("row", "n:m") else weight.shape.numel()
+            shares[weight.name] = max(round(size * layer_plan(density)[weight.name]), 1 if size else 0)
+        return keep, shares
 
     def cut(self, keep: int, shares: Mapping[str, int]) -> Real | None:
         """Cuts to ``keep`` weights in all, or to ``shares`` of each layer. Returns the global threshold."""
@@ -295,14 +316,7 @@ def run(
     for density, which in plan:
         began = time.perf_counter()
         total = scorer(selection.guess(density))
-        if selection.count == "published":
-            keep = selection.total - int((1.0 - density) * selection.total)
-        else:
-            keep = round(selection.total * density)
-        shares = {}
-        for weight in selection.weights:
-            size = weight.columns if selection.scope.kind in ("row", "n:m") else weight.shape.numel()
-            shares[weight.name] = max(round(size * layer_plan(density)[weight.name]), 1 if size else 0)
+        keep, shares = selection.sizes(density, layer_plan)
         threshold = selection.cut(keep, shares)
         if which is not None:
             on_snapshot(which)
