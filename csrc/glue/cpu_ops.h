@@ -99,4 +99,6 @@ Tensor sparse_gather(const Tensor& dense, const Tensor& layout, const Tensor& ro
 Tensor sparse_scatter(const Tensor& values, const Tensor& layout, const Tensor& row_start,
                       const Tensor& index, int64_t columns);
 
+Tensor shifted_matmul(const Tensor& w, const Tensor& shift, const Tensor& x, int64_t length);
+
 }  // namespace pathprune

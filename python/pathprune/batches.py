@@ -30,6 +30,19 @@ class Batch:
         tensors = [a for a in (*self.args, *self.kwargs.values()) if isinstance(a, Tensor) and a.dim()]
         return tensors[0].shape[0] if tensors else 0
 
+    def part(self, begin: int, end: int) -> Batch:
+        """Some of the samples: tensors whose first axis is the batch are cut, all else stays."""
+        size = self.size
+
+        def cut(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return value[begin:end] if value.dim() and value.shape[0] == size else value
+            if isinstance(value, Mapping):
+                return {key: cut(item) for key, item in value.items()}
+            return type(value)(cut(item) for item in value) if isinstance(value, (tuple, list)) else value
+
+        return Batch(cut(self.args), cut(self.kwargs), cut(self.target))
+
 
 def require_reiterable(data: Data, who: str) -> None:
     """Raises TypeError for what is no iterable, or can be read only once (a generator, an iterator)."""

@@ -25,14 +25,14 @@ from .network import PathNetwork
 from .nodes import Expression, Gate, Node, Norm, Pool, Product, Synapse
 from .ops import WeightMap
 from .policy import Policy
+from .pruned_convolution import counting_convolution, pruned_convolution
 from .select import Bracket
 from .weights import Scaled, Weight
 
 _SHIFTED = ("sigmoid", "hardsigmoid", "softplus", "log_sigmoid", "clamp", "clamp_min", "clamp_max", "threshold")
 
-_MOST = 0.8  # share of a convolution's channel pairs below which it pays to leave the dead ones out
+_SAFE = 30  # powers of two that a flow may be away from 1
 _CONVOLUTIONS = tuple(getattr(torch.ops.aten, f"conv{n}d").default for n in (1, 2, 3))
-_GEOMETRY = ("stride", "padding", "dilation")
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class Recording:
     Attributes:
         inputs: the floating-point inputs, [N, 1, *sample] each.
         outputs: the model's outputs, [N, *shape] each.
-        gates: node -> bool or factor [N, *shape] of a gate; of a max-pool the winners' flat positions, int64 (-1: no
-            one's).
+        gates: node -> [N, *shape]: a ReLU's output (it is open where that is above 0); the factor of any other
+            activation; of a max-pool the winners' flat positions, int64 (-1: no one's).
     """
 
     inputs: tuple[Tensor, ...]
@@ -109,24 +109,6 @@ def _dtype(network: PathNetwork) -> torch.dtype:
     return next(t.dtype for name, t in network.tensors.items() if name in network.prunable)
 
 
-def live_convolution(x: Tensor, w: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
-    """A convolution over the channels that pruning left alone; those that are all zero are skipped, exactly.
-
-    Args:
-        geometry: stride, padding, dilation, transposed, output_padding, groups.
-    """
-    transposed, groups = geometry[3], geometry[5]
-    if transposed or groups != 1:
-        return torch.convolution(x, w, bias, *geometry)
-    used = (w != 0).flatten(2).any(2)
-    rows, columns = used.any(1).nonzero()[:, 0], used.any(0).nonzero()[:, 0]
-    if rows.numel() * columns.numel() > _MOST * used.numel() or rows.numel() == 0:
-        return torch.convolution(x, w, bias, *geometry)
-    few = torch.convolution(x.index_select(1, columns), w[rows][:, columns], None, *geometry)
-    spread = few.new_zeros((few.shape[0], w.shape[0], *few.shape[2:])).index_add(1, rows, few)
-    return spread if bias is None else spread + bias.reshape(-1, *[1] * (w.dim() - 2))
-
-
 class _Run(fx.Interpreter):
     """Runs the exported graph, keeping gates on the way."""
 
@@ -134,9 +116,12 @@ class _Run(fx.Interpreter):
         super().__init__(graph)
         self.names, self.network = names, network
         self.kept: dict[int, Tensor] = {}
+        self.folded: set[fx.Node] = set()  # batch norms that the convolution before them did
 
     def run_node(self, n: fx.Node) -> Any:
         k = self.names.get(n.name)
+        if n in self.folded:
+            return self.fetch_args_kwargs_from_env(n)[0][0]
         if n.target in _CONVOLUTIONS:
             return self._convolution(n)
         if k is None or k not in self.network.alive:
@@ -144,11 +129,12 @@ class _Run(fx.Interpreter):
         node = self.network.nodes[k]
         z = self.fetch_args_kwargs_from_env(n)[0][0]
         if isinstance(node, Pool):
-            self.kept[k] = _winners(z, node)
-            return super().run_node(n)
+            both = _pooled(z, node)
+            self.kept[k] = both[1]
+            return both[0] if isinstance(n.meta["val"], Tensor) else both
         if node.name == "relu":  # type: ignore[attr-defined]
             out = super().run_node(n)
-            self.kept[k] = out > 0
+            self.kept[k] = out.clone() if _overwritten(n) else out
             return out
         before = z.clone()  # an operator in place overwrites it
         out = super().run_node(n)
@@ -160,17 +146,34 @@ class _Run(fx.Interpreter):
         schema = n.target._schema.arguments  # type: ignore[union-attr]
         given = {a.name: a.default_value for a in schema} | dict(zip((a.name for a in schema), args, strict=False))
         given |= kwargs
-        x, w = given["input"], given["weight"]
+        x, w, bias = given["input"], given["weight"], given["bias"]
         dims = w.dim() - 2
-        spread = [tuple(v) * dims if len(v) == 1 else tuple(v) for v in (given[key] for key in _GEOMETRY)]
-        return live_convolution(x, w, given["bias"], *spread, False, (0,) * dims, given["groups"])
+        shape = [given[key] for key in ("stride", "padding", "dilation")]
+        stride, padding, dilation = (tuple(v) * dims if len(v) == 1 else tuple(v) for v in shape)
+        norm = next(iter(n.users)) if len(n.users) == 1 else None
+        if norm is not None and norm.target is torch.ops.aten.batch_norm.default and norm.args[0] is n:
+            rest: Any = self.map_nodes_to_values(norm.args[1:], norm)
+            gamma, beta, mean, variance, training, _, eps = rest[:7]
+            if not training:  # a scale and a shift, which the weights can take: a pass over the images less
+                scale = (variance + eps).rsqrt() * (1 if gamma is None else gamma)
+                w = w * scale.reshape(-1, *[1] * (dims + 1))
+                shift = -mean if bias is None else bias - mean
+                bias = shift * scale if beta is None else torch.addcmul(beta, shift, scale)
+                self.folded.add(norm)
+        return pruned_convolution(x, w, bias, stride, padding, dilation, given["groups"])
 
 
-def _winners(z: Tensor, node: Pool) -> Tensor:
-    """Flat positions, over the pooled axes, of the largest in each window."""
+def _overwritten(n: fx.Node) -> bool:
+    """Whether the value is changed in place by a node that follows."""
+    schemas = (getattr(user.target, "_schema", None) for user in n.users)
+    return any(schema is not None and schema.is_mutable for schema in schemas)
+
+
+def _pooled(z: Tensor, node: Pool) -> tuple[Tensor, Tensor]:
+    """The largest in each window, and their flat positions over the pooled axes."""
     pool = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}[len(node.kernel)]
     window = (node.kernel, node.stride, node.padding, node.dilation)
-    return pool(z, *window, ceil_mode=node.ceil_mode, return_indices=True)[1]
+    return pool(z, *window, ceil_mode=node.ceil_mode, return_indices=True)
 
 
 class GatedFlow(PathFlow):
@@ -228,24 +231,39 @@ class GatedFlow(PathFlow):
 
     # --------------------------------------------------------------------------------------------------- gates
 
-    def _factor(self, k: int) -> Tensor | None:
-        """What a gate multiplies the flow with, [1, N, *shape]."""
+    def _passed(self, k: int, node: Node, flow: Scaled) -> Scaled:
+        """What a gate lets through of a flow [1, N, *shape]."""
         gate = self.recording.gates.get(k)
         if gate is None:
-            return None
-        return (gate if self.signed or gate.dtype == torch.bool else gate.square())[None]
+            return flow
+        gate = gate[None].to(flow.tensor.dtype)
+        if node.name == "relu":  # type: ignore[attr-defined]
+            return Scaled(torch.ops.aten.threshold_backward(flow.tensor, gate, 0), flow.exponent)
+        return Scaled(flow.tensor * (gate if self.signed else gate.square()), flow.exponent)
 
     def _forward_gate(self, k: int, node: Gate, entering: list[Scaled]) -> Scaled:
-        factor = self._factor(k)
-        return entering[0] if factor is None else Scaled(entering[0].tensor * factor, entering[0].exponent)
+        return self._passed(k, node, entering[0])
 
     def _backward_gate(self, k: int, node: Node, g: Scaled, guess: Bracket | None) -> list[Scaled]:
-        factor = self._factor(k)
-        return [g if factor is None else Scaled(g.tensor * factor, g.exponent)]
+        return [self._passed(k, node, g)]
 
     def _convolved(self, x: Tensor, w: Tensor, node: Synapse) -> Tensor:
         flat = x.flatten(0, 2)
-        return live_convolution(flat, w, None, *geometry_of(node)).unflatten(0, (1, flat.shape[0], 1))
+        geometry = (node.stride, node.padding, node.dilation, node.groups)
+        if node.form == "conv" and not self.any_sign:
+            y = counting_convolution(flat, w, *geometry)
+        elif node.form == "conv":
+            y = pruned_convolution(flat, w, None, *geometry)
+        else:
+            y = torch.convolution(flat, w, None, *geometry_of(node))
+        return y.unflatten(0, (1, flat.shape[0], 1))
+
+    def _normalised(self, tensor: Tensor, exponent: Tensor) -> Scaled:
+        """Left as it is while its range is far from the type's: a batch is large, and one pass less."""
+        peak = float(self._peak(tensor.reshape(1, -1))) if tensor.numel() else 0.0
+        if 2.0**-_SAFE < peak < 2.0**_SAFE:
+            return Scaled(tensor, exponent)
+        return super()._normalised(tensor, exponent)
 
     def _forward_pool(self, k: int, node: Pool, entering: list[Scaled]) -> Scaled:
         winners = self.recording.gates.get(k)

@@ -312,17 +312,21 @@ class PathKernel:
             ValueError: k out of range.
         """
         pairs = self._leading(k, tolerance, progress)
+        assert pairs.vectors is not None and pairs.residuals is not None
         return torch.ldexp(pairs.values, torch.tensor(self._scale)), pairs.vectors, pairs.residuals
 
     def top_eigenvalues(self, k: int = 10, **options: Any) -> Tensor:
         """The k largest eigenvalues, float64 [k], descending; options as for :meth:`top_eigenpairs`."""
-        return self.top_eigenpairs(k, **options)[0]
+        return torch.ldexp(self._leading_values(k, **options)[0], torch.tensor(self._scale))
 
     def log2_top_eigenvalues(self, k: int = 10, **options: Any) -> Tensor:
         """log2 of the k largest eigenvalues, however large they are."""
-        return self._leading(k, options.get("tolerance"), options.get("progress")).values.log2() + self._scale
+        return self._leading_values(k, **options)[0].log2() + self._scale
 
-    def _leading(self, k: int, tolerance: float | None, progress: bool | None) -> Eigenpairs:
+    def _leading_values(
+        self, k: int, tolerance: float | None = None, progress: bool | None = None, vectors: bool = False
+    ) -> tuple[Tensor, Eigenpairs, Reduced, list[tuple[int, int, int]]]:
+        """Of ``2^-scale G``: the k largest eigenvalues; those found by products, and places of those within sets."""
         left = sum(int(self._mask(name).sum()) for name in self.network.prunable)
         if not 1 <= k <= left:
             raise ValueError(f"PathKernel.top_eigenpairs: k: wanted 1 to {left} (the live weights), got {k}")
@@ -337,19 +341,27 @@ class PathKernel:
             min(k, space.count),
             tolerance,
             progress,
+            vectors,
         )
         within, places = space.closed_form(k)
+        both = torch.cat([found.values, within]).sort(descending=True, stable=True).values[:k]
+        return both, found, space, places
+
+    def _leading(self, k: int, tolerance: float | None, progress: bool | None) -> Eigenpairs:
+        values, found, space, places = self._leading_values(k, tolerance, progress, vectors=True)
+        assert found.vectors is not None and found.residuals is not None
+        within = space.closed_form(k)[0]
         order = torch.cat([found.values, within]).argsort(descending=True, stable=True)[:k].tolist()
         vectors = torch.empty(sum(self._sizes), k, dtype=self._flow.dtype)
         residuals = torch.zeros(k, dtype=torch.float64)
         for column, position in enumerate(order):
             if position < len(found.values):
-                parts = space.expanded(found.vectors[:, position].to(start))
+                parts = space.expanded(found.vectors[:, position].to(self.network.device))
                 residuals[column] = found.residuals[position]
             else:
                 parts = space.direction(*places[position - len(found.values)])
             vectors[:, column] = self._flat(parts)
-        return Eigenpairs(torch.cat([found.values, within])[order], vectors, residuals)
+        return Eigenpairs(values, vectors, residuals)
 
     def _flat(self, parts: Mapping[str, Tensor]) -> Tensor:
         return torch.cat([parts[name].flatten() for name in self.network.prunable])

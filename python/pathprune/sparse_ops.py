@@ -32,6 +32,7 @@ from .reference import WeightMap, map_slope
 __all__ = [
     "KERNELS",
     "Pattern",
+    "shifted_matmul",
     "sparse_gather",
     "sparse_index",
     "sparse_matmul",
@@ -51,6 +52,7 @@ SCHEMAS: dict[str, str] = {
     "sparse_sample": f"(Tensor x, Tensor g, {_BOTH}) -> Tensor",
     "sparse_gather": f"(Tensor dense, {_ROWS}, int columns) -> Tensor",
     "sparse_scatter": f"(Tensor values, {_ROWS}, int columns) -> Tensor",
+    "shifted_matmul": "(Tensor w, Tensor shift, Tensor x, int length) -> Tensor",
 }
 
 for _name, _schema in SCHEMAS.items():
@@ -111,6 +113,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "sparse_sample": lambda x, g, layout, row_start, index, *rest: x.new_empty(index.shape[0]),
     "sparse_gather": lambda dense, layout, row_start, index, columns: dense.new_empty(index.shape[0]),
     "sparse_scatter": lambda values, layout, row_start, index, columns: values.new_empty((*layout.shape[:2], columns)),
+    "shifted_matmul": lambda w, shift, x, length: x.new_empty((w.shape[0], length)),
 }
 for _name, _fake in _FAKES.items():
     torch.library.register_fake(f"pathprune::{_name}", _fake, lib=_LIBRARY)
@@ -189,11 +192,28 @@ def _scatter_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return _padded_to(_OPS["sparse_gather"](grad, *pattern), values), None, None, None, None
 
 
+def _save_shifted(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.length = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _shifted_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    w, shift, x = ctx.saved_tensors
+    grad_w = grad_x = None
+    if ctx.needs_input_grad[0]:
+        grad_w = grad @ x.unfold(0, ctx.length, 1)[shift].T
+    if ctx.needs_input_grad[2]:
+        at = shift[:, None] + torch.arange(ctx.length, device=shift.device)
+        grad_x = torch.zeros_like(x).index_add(0, at.flatten(), (w.T @ grad).flatten())
+    return grad_w, None, grad_x, None
+
+
 _BACKWARDS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "sparse_matmul": (_matmul_backward, _save_matmul),
     "sparse_sample": (_sample_backward, _save_sample),
     "sparse_gather": (_gather_backward, _save_gather),
     "sparse_scatter": (_scatter_backward, _save_scatter),
+    "shifted_matmul": (_shifted_backward, _save_shifted),
 }
 for _name, (_backward, _save) in _BACKWARDS.items():
     torch.library.register_autograd(f"pathprune::{_name}", _backward, setup_context=_save, lib=_LIBRARY)
@@ -272,3 +292,18 @@ def sparse_gather(dense: Tensor, pattern: Pattern) -> Tensor:
 def sparse_scatter(values: Tensor, pattern: Pattern) -> Tensor:
     """[G, O, K]: the values at the entries, zeros elsewhere. Its gradient is `sparse_gather`."""
     return _call("sparse_scatter", values, *pattern.rows)
+
+
+def shifted_matmul(w: Tensor, shift: Tensor, x: Tensor, length: int) -> Tensor:
+    """``y[r, t] = sum_k w[r, k] x[shift[k] + t]``: a product that skips zeros with shifts of one row of numbers.
+
+    A convolution over images laid flat with their padding is one. Time goes with the weights that are not zero.
+
+    Args:
+        w: [rows, columns] float32 or float64; shift: [columns] int64 >= 0; x: [numbers] as w.
+        length: shift + length must not go beyond x (on CUDA, which does not look, what lies beyond is zero).
+
+    Returns:
+        [rows, length]. Differentiable in w and x.
+    """
+    return _call("shifted_matmul", w, shift, x, length)

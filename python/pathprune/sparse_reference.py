@@ -91,3 +91,14 @@ def sparse_gather(dense: Tensor, layout: Tensor, row_start: Tensor, index: Tenso
 def sparse_scatter(values: Tensor, layout: Tensor, row_start: Tensor, index: Tensor, columns: int) -> Tensor:
     """[G, O, K]: the values at the entries, zeros elsewhere."""
     return _written_out(values, layout, columns)
+
+
+@checked
+def shifted_matmul(w: Tensor, shift: Tensor, x: Tensor, length: int) -> Tensor:
+    """[rows, length]: the product with the rows of x that begin at the shifts."""
+    if shift.numel() and (int(shift.min()) < 0 or int(shift.max()) + length > x.shape[0]):
+        wanted = f"0 to {x.shape[0] - length} (x less length)"
+        refuse("shifted_matmul", "shift", wanted, f"{int(shift.min())} to {int(shift.max())}")
+    if length == 0 or x.shape[0] < length:
+        return x.new_zeros((w.shape[0], length))
+    return w @ x.unfold(0, length, 1)[shift]

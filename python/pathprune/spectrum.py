@@ -16,17 +16,22 @@ _SMALL = 64  # matrices up to here are written out
 class Eigenpairs:
     """Attributes:
     values: float64 [k], descending.
-    vectors: [n, k], orthonormal.
-    residuals: float64 [k]: ``|A x - value x| / |value|``.
+    vectors: [n, k], orthonormal; None where they were not asked for.
+    residuals: float64 [k]: ``|A x - value x| / |value|``; None likewise.
     """
 
     values: Tensor
-    vectors: Tensor
-    residuals: Tensor
+    vectors: Tensor | None = None
+    residuals: Tensor | None = None
 
 
 def leading_eigenpairs(
-    product: Product, start: Tensor, k: int, tolerance: float, progress: bool | None = None
+    product: Product,
+    start: Tensor,
+    k: int,
+    tolerance: float,
+    progress: bool | None = None,
+    wants_vectors: bool = True,
 ) -> Eigenpairs:
     """The k largest eigenpairs by implicitly restarted Lanczos (ARPACK, through SciPy); small matrices by LAPACK.
 
@@ -41,7 +46,10 @@ def leading_eigenpairs(
         values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
         values, vectors = values.flip(0)[:k], vectors.flip(1)[:, :k].to(start.dtype)
     else:
-        values, vectors = _arpack(product, start, k, tolerance, progress)
+        values, found = _arpack(product, start, k, tolerance, progress, wants_vectors)
+        if found is None:
+            return Eigenpairs(values)
+        vectors = found
     residuals = torch.empty(k, dtype=torch.float64)
     for j in range(k):
         x = vectors[:, j].to(start)
@@ -49,7 +57,9 @@ def leading_eigenpairs(
     return Eigenpairs(values.cpu(), vectors.cpu(), residuals / values.abs().cpu().clamp(min=5e-324))
 
 
-def _arpack(product: Product, start: Tensor, k: int, tolerance: float, progress: bool | None) -> tuple[Tensor, Tensor]:
+def _arpack(
+    product: Product, start: Tensor, k: int, tolerance: float, progress: bool | None, wants_vectors: bool
+) -> tuple[Tensor, Tensor | None]:
     try:
         from scipy.sparse.linalg import LinearOperator, eigsh
     except ImportError as error:
@@ -69,12 +79,14 @@ def _arpack(product: Product, start: Tensor, k: int, tolerance: float, progress:
 
     operator = LinearOperator((len(start), len(start)), matvec=matvec, dtype=kind)
     try:
-        values, vectors = eigsh(operator, k=k, which="LA", v0=start.cpu().numpy(), tol=tolerance)
+        first = start.cpu().numpy()
+        made = eigsh(operator, k=k, which="LA", v0=first, tol=tolerance, return_eigenvectors=wants_vectors)
     finally:
         if bar is not None:
             bar.close()
-    order = torch.as_tensor(values).argsort(descending=True)
-    return torch.as_tensor(values)[order].double(), torch.as_tensor(vectors)[:, order]
+    values = torch.as_tensor(made[0] if wants_vectors else made)
+    order = values.argsort(descending=True)
+    return values[order].double(), torch.as_tensor(made[1])[:, order] if wants_vectors else None
 
 
 @dataclass(frozen=True)

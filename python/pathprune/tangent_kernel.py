@@ -98,7 +98,7 @@ def path_activations(
     n = len(x)
     rows = []
     for i in range(n):
-        pair = _paired(recording, i)
+        pair = _paired(network, recording, i)
         flows = _open_paths(network, pair, masks, source=[own * own[i : i + 1] for own in recording.inputs])
         rows.append(torch.cat([_double(flow) for flow in flows], 1))
     return torch.stack(rows)
@@ -159,17 +159,17 @@ def _open_paths(
     return [flow.values[k] for k in network.outputs]
 
 
-def _paired(recording: Recording, i: int) -> Recording:
+def _paired(network: PathNetwork, recording: Recording, i: int) -> Recording:
     """The gates that each sample shares with sample i: both open; factors multiply, so that squared they count once.
 
     A max-pool lets through what is the winner in both windows; elsewhere nothing.
     """
     gates = {}
     for k, gate in recording.gates.items():
-        if gate.dtype == torch.bool:
-            gates[k] = gate & gate[i : i + 1]
-        elif gate.dtype == torch.int64:
+        if gate.dtype == torch.int64:
             gates[k] = torch.where(gate == gate[i : i + 1], gate, -1)
+        elif network.nodes[k].name == "relu":  # type: ignore[attr-defined]
+            gates[k] = torch.minimum(gate, gate[i : i + 1])  # above 0 where both are
         else:
             product = gate * gate[i : i + 1]
             if bool((product < 0).any()):

@@ -37,6 +37,8 @@ from ..tracer import evaluating
 from ..weights import Scaled, Weight, power_of_two, weights_of
 from .base import Pruner, Scorer
 
+_GATES = 1 << 26  # gates that are held at once
+
 
 @dataclass(frozen=True)
 class PX(Pruner):
@@ -119,7 +121,7 @@ class DataFactor:
             weight.follow(self.leaders[name])
         masked = masked_tensors(self.network, self.leaders)
         totals: list[Scaled] | None = None
-        for batch in stream(self.data, "PX", self.network.device):
+        for batch in self._pieces():
             recording = record(self.network, batch, masked, "PX")
             squares = [x.square() for x in recording.inputs]
             flow = GatedFlow(self.network, self.weights, recording, self.policy, source=squares)
@@ -129,6 +131,14 @@ class DataFactor:
         assert totals is not None
         dtype = next(weight.effective() for weight in self.weights.values()).dtype
         return [_normalised(total, dtype) for total in totals]
+
+    def _pieces(self) -> Iterator[Batch]:
+        """The batches, cut so that what their gates take stays small: sums over samples do not mind."""
+        nodes, gates = self.network.nodes, self.network.gates
+        size = max(1, _GATES // max(1, sum(nodes[k].shape.numel() for k in gates)))
+        for batch in stream(self.data, "PX", self.network.device):
+            for at in range(0, batch.size, size):
+                yield batch.part(at, at + size)
 
 
 def masked_tensors(network: PathNetwork, weights: Mapping[str, Weight]) -> dict[str, Tensor]:

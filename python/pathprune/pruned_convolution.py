@@ -1,0 +1,170 @@
+"""Convolutions with weights that pruning has thinned, over many images at once.
+
+Three exact ways, chosen by what is left: torch's own; torch's own on the channels that are not all zero; and, where few
+weights are left, a product that skips zeros (``shifted_matmul``): the images are laid flat with their padding, channel
+after channel, so that what a kernel entry reads is what the output reads, a fixed way further on. A stride s cuts the
+images into s^2 of every s-th row and column first.
+
+Bytes: the images once for their flat copy; that copy from the cache for every weight that is left.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .ops import _LIBRARY
+from .sparse_ops import shifted_matmul
+
+_CHANNELS = 0.8  # share of channel pairs left below which it pays to leave the dead ones out
+_ENTRIES = 0.22  # share of weights left, times how much larger the padding makes images, below which to skip zeros
+_SMALL = 1 << 22  # multiply-adds below which torch's own is quick enough
+
+_LIBRARY.define(
+    "pruned_convolution(Tensor x, Tensor w, Tensor? bias, int[] stride, int[] padding, int[] dilation, int groups)"
+    " -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def pruned_convolution(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int = 1,
+) -> Tensor:
+    """``torch.convolution`` for weights with many zeros; equal to it up to the order of its sums. No gradients.
+
+    Args:
+        x: [N, C, *size]; w: [O, C / groups, *kernel] with zeros where it is pruned; bias: [O] or None.
+    """
+    return torch.ops.pathprune.pruned_convolution(x, w, bias, stride, padding, dilation, groups)
+
+
+def _convolved(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    geometry = (stride, padding, dilation, False, [0] * len(stride), groups)
+    if groups != 1 or x.numel() * w.numel() < _SMALL:
+        return torch.convolution(x, w, bias, *geometry)
+    used = (w != 0).flatten(2)
+    pairs = used.any(2)
+    rows, columns = pairs.any(1).nonzero()[:, 0], pairs.any(0).nonzero()[:, 0]
+    if rows.numel() == 0:
+        like = torch.convolution(x.to("meta"), w.to("meta"), None, *geometry)
+        y = x.new_zeros(like.shape)
+        return y if bias is None else y + bias.reshape(-1, *[1] * (y.dim() - 2))
+    fewer = rows.numel() * columns.numel() < _CHANNELS * pairs.numel()
+    if fewer:
+        x, w = x.index_select(1, columns), w[rows][:, columns]
+    if _skips_zeros(x, w, int(used.sum()), stride):
+        y = _shifted(x, w, stride, padding, dilation)
+    elif fewer:
+        y = torch.convolution(x, w, None, *geometry)
+    else:
+        return torch.convolution(x, w, bias, *geometry)
+    if fewer and len(rows) < len(pairs):
+        y = y.new_zeros((y.shape[0], len(pairs), *y.shape[2:])).index_copy_(1, rows, y)
+    return y if bias is None else y + bias.reshape(-1, *[1] * (y.dim() - 2))
+
+
+def counting_convolution(
+    x: Tensor, w: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int = 1
+) -> Tensor:
+    """The same for weights that are 0 or 1, of flows that are not negative.
+
+    Of rows where few zeros are, those are taken from the sum over all channels and the whole kernel, which is one for
+    all rows. (Where many are, little would be left of a difference.)
+    """
+    geometry = (stride, padding, dilation, groups)
+    if groups != 1 or x.numel() * w.numel() < _SMALL:
+        return pruned_convolution(x, w, None, *geometry)
+    nearly = w.flatten(1).mean(1) > 1 - _ENTRIES
+    full, others = nearly.nonzero()[:, 0], (~nearly).nonzero()[:, 0]
+    if full.numel() == 0:
+        return pruned_convolution(x, w, None, *geometry)
+    ones = torch.ones((1, 1, *w.shape[2:]), dtype=w.dtype, device=w.device)
+    whole = pruned_convolution(x.sum(1, keepdim=True), ones, None, *geometry)
+    missing = pruned_convolution(x, 1 - w[full], None, *geometry)
+    part = torch.sub(whole, missing, out=missing)
+    if others.numel() == 0:
+        return part
+    y = part.new_empty((part.shape[0], w.shape[0], *part.shape[2:])).index_copy_(1, full, part)
+    return y.index_copy_(1, others, pruned_convolution(x, w[others], None, *geometry))
+
+
+def _skips_zeros(x: Tensor, w: Tensor, left: int, stride: Sequence[int]) -> bool:
+    """Whether ``shifted_matmul`` pays; cutting images by a stride costs more than it can gain."""
+    if w.dim() != 4 or any(s != 1 for s in stride):
+        return False
+    padded = math.prod(n + k - 1 for n, k in zip(x.shape[2:], w.shape[2:], strict=True))
+    return left * padded < _ENTRIES * w.numel() * x.shape[2:].numel()
+
+
+_LIBRARY.impl("pruned_convolution", torch.no_grad()(_convolved), "CompositeExplicitAutograd")
+
+
+def _fake(x: Tensor, w: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
+    stride, padding, dilation, groups = geometry
+    return torch.convolution(x, w, bias, stride, padding, dilation, False, [0] * (w.dim() - 2), groups)
+
+
+def _batched(
+    info: object, dims: tuple[int | None, ...], x: Tensor, w: Tensor, bias: Tensor | None, *geometry: Any
+) -> tuple[Tensor, int]:
+    """Images of many samples are images."""
+    if dims[1] is not None or dims[2] is not None or dims[0] is None:
+        raise NotImplementedError("pruned_convolution: vmap: wanted the images alone to be batched")
+    flat = x.movedim(dims[0], 0)
+    y = pruned_convolution(flat.flatten(0, 1), w, bias, *geometry)
+    return y.unflatten(0, flat.shape[:2]), 0
+
+
+torch.library.register_fake("pathprune::pruned_convolution", _fake, lib=_LIBRARY)
+torch.library.register_vmap("pathprune::pruned_convolution", _batched, lib=_LIBRARY)
+
+
+def _shifted(x: Tensor, w: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> Tensor:
+    """By ``shifted_matmul``: [N, O, H', W'], its memory laid channel first."""
+    count, channels, height, width = x.shape
+    kernel = w.shape[2:]
+    sizes = [
+        (size + 2 * p - d * (k - 1) - 1) // s + 1
+        for size, p, d, k, s in zip((height, width), padding, dilation, kernel, stride, strict=True)
+    ]
+    # each phase is as large as the outputs and the reach of the kernel beyond them
+    reach = [d * (k - 1) // s for d, k, s in zip(dilation, kernel, stride, strict=True)]
+    tall, wide = (n + r for n, r in zip(sizes, reach, strict=True))
+    (sy, sx), (py, px) = stride, padding
+    channel = count * tall * wide
+    flat = x.new_zeros(sy * sx * channels * channel + reach[0] * wide + reach[1])
+    phases = flat[: sy * sx * channels * channel].view(sy, sx, channels, count, tall, wide)
+    turned = x.transpose(0, 1)
+    for a in range(sy):
+        for b in range(sx):
+            y0, x0 = (a - py) % sy, (b - px) % sx  # the first row and column of the image in this phase
+            part = turned[:, :, y0::sy, x0::sx]
+            at_y, at_x = (y0 + py) // sy, (x0 + px) // sx
+            room = phases[a, b, :, :, at_y:, at_x:]
+            h, v = min(part.shape[2], room.shape[2]), min(part.shape[3], room.shape[3])
+            room[:, :, :h, :v].copy_(part[:, :, :h, :v])
+    rows = torch.arange(kernel[0], device=x.device) * dilation[0]
+    columns = torch.arange(kernel[1], device=x.device) * dilation[1]
+    phase = (rows % sy)[:, None] * sx + (columns % sx)[None]
+    within = (rows // sy)[:, None] * wide + (columns // sx)[None]
+    shift = torch.arange(channels, device=x.device)[:, None] * channel + (phase * channels * channel + within).flatten()
+    y = shifted_matmul(w.flatten(1), shift.flatten(), flat, channel)
+    return y.view(-1, count, tall, wide)[:, :, : sizes[0], : sizes[1]].transpose(0, 1)
