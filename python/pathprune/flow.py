@@ -112,7 +112,8 @@ class PathFlow:
         drops_biases = self.policy.biases == "drop"
         skips_norm = self.policy.batch_norm == "identity" and getattr(node, "kind", "") == "batch_norm"
         if isinstance(node, kinds.Scale) and not skips_norm:
-            return self._powered(node, node.factor)
+            is_one = self.power == 0 and node.shape == self.network.nodes[node.inputs[0]].shape
+            return None if is_one else self._powered(node, node.factor)
         if isinstance(node, kinds.Shift) and not (drops_biases or skips_norm):
             value = self._powered(node, node.value)
             return value if bool(value.any()) else None
