@@ -14,7 +14,15 @@ from .ops import WeightMap
 from .path_sampling import Paths, sample_paths
 from .policy import Policy
 from .pruners import (
+    FORCE,
+    NTKSAP,
     PHEW,
+    SBP,
+    SNIP,
+    Fisher,
+    GraSP,
+    Hutchinson,
+    IterSNIP,
     Magnitude,
     Pruner,
     Random,
@@ -24,6 +32,7 @@ from .pruners import (
     SynFlowL2,
     SynFlowL2Dist,
     TraceSaliency,
+    cross_entropy,
     sample_with_replacement,
 )
 from .pruning import prune
@@ -34,7 +43,15 @@ from .sparse import SparseConv2d, SparseLinear, densify, load_sparse, save_spars
 from .version import __version__
 
 __all__ = [
+    "FORCE",
+    "NTKSAP",
     "PHEW",
+    "SBP",
+    "SNIP",
+    "Fisher",
+    "GraSP",
+    "Hutchinson",
+    "IterSNIP",
     "Magnitude",
     "MaskFileError",
     "MaskMismatchError",
@@ -62,6 +79,7 @@ __all__ = [
     "UnsupportedModelError",
     "WeightMap",
     "__version__",
+    "cross_entropy",
     "densify",
     "keep_masks",
     "load_sparse",

@@ -50,6 +50,10 @@ class Sketch(Pruner):
     def maps(self) -> tuple[WeightMap, WeightMap]:
         return self.base.maps
 
+    @property
+    def regrows(self) -> bool:
+        return self.base.regrows
+
     def config(self) -> dict[str, Any]:
         return {**super().config(), "base": {"method": self.base.name, **self.base.config()}}
 
@@ -76,7 +80,11 @@ class Sketch(Pruner):
         """Sampling keys of one tensor; a score of zero sorts below every other."""
         made = weight.written_scores()
         scores = ops.through_flow(made.weight, made.mask, None, None, made.s, columns=made.columns)
-        keys = ops.gumbel_keys(scores.abs(), made.exponent, 1.0 / self.temperature, seed, first)
+        if bool((scores < 0).any()):
+            raise ValueError(
+                f"Sketch: base: wanted scores >= 0, got negative ones of '{weight.name}' ({self.base.name})"
+            )
+        keys = ops.gumbel_keys(scores, made.exponent, 1.0 / self.temperature, seed, first)
         return torch.nan_to_num(keys, neginf=torch.finfo(torch.float64).min)
 
 
