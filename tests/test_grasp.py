@@ -142,6 +142,24 @@ def test_both_methods_agree_in_float32():
         assert float((exact[name] - near[name]).norm() / exact[name].norm()) < 1e-2
 
 
+def test_differences_count_kinks_that_a_second_backward_pass_does_not():
+    """Half the square of relu(w) - 1 at w = 1e-9 has g = -1, H = 1 beside a kink: the step crosses it."""
+    model, one = nn.Linear(1, 1, bias=False).double(), torch.ones(1, 1).double()
+    with torch.no_grad():
+        model.weight.fill_(1e-9)
+
+    def loss(output, target):
+        return (torch.relu(output) - target).square().sum() / 2
+
+    def found(**options):
+        pruner = pp.GraSP([(one, one)], loss, temperature=1.0, **options)
+        return float(pp.scores(model, pruner, example_input=one).tensors["weight"]) / 1e-9
+
+    assert found() == pytest.approx(-1, rel=1e-6)  # H g
+    assert found(method="finite_difference", step=1e-2) == pytest.approx(-1, rel=1e-6)
+    assert found(method="finite_difference", step=10.0) == pytest.approx(1 / 2e-8, rel=1e-6)  # (0 - g) / 2 e
+
+
 def test_no_gradient_flow_at_all():
     x = torch.ones(2, 3).double()
     for method in METHODS:

@@ -1,7 +1,8 @@
 """Products of the Hessian of the mean loss with vectors: by a second backward pass, or by two gradients.
 
 The Hessian is that of the weights that are left: vectors are 0 where the mask is. On networks of ReLUs the second
-backward pass gives the Hessian within the present linear piece; differences also see the kinks they step over.
+backward pass gives the Hessian within the present piece, as published codes do. Differences see the kinks as well: the
+smaller the step the fewer it crosses, but the more each counts, so they do not converge to the former.
 """
 
 from __future__ import annotations

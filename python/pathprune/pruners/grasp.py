@@ -38,8 +38,10 @@ class GraSP(DataPruner):
         data, loss, train_mode: see :class:`DataPruner`. Read twice (``double_backward``) or three times; g is that of
             all batches together.
         temperature: of the logits; 200 in the paper, 1 for losses that are not of logits.
-        method: ``double_backward``: exact; keeps the graph of a gradient. ``finite_difference``: two more gradients, in
-            the memory of one, for models whose gradient has no derivative; ranks as well as the weights' type rounds.
+        method: ``double_backward``: exact, the published way; keeps the graph of a gradient. ``finite_difference``: two
+            more gradients, in the memory of one, for SMOOTH models whose gradient has no derivative in torch. With
+            ReLUs it is another method: differences also count the kinks they cross, at any step that float64 can do
+            (of VGG-16's best 5 % the two share a quarter, of ResNet-20's five sixths).
         step: of the differences, as a fraction of the length of all weights; None: the type's precision to 1/3.
 
     Determinism: the same data, weights and seed give the same masks.
