@@ -1,6 +1,6 @@
 """Runs the benchmarks: verify, time side by side in one process, print Markdown, write JSON beside this file.
 
-python benchmarks/run.py [--suite scoring,selection,walks,masked_matmul] [--threads 2] [--quick]
+python benchmarks/run.py [--suite scoring,selection,walks,sensitivity,...] [--threads 2] [--quick]
                          [--out benchmarks/results]
 """
 
@@ -16,6 +16,7 @@ import torch
 import masked_matmul
 import scoring
 import selection
+import sensitivity
 import walks
 from harness import Result, copy_bandwidth, markdown, save
 
@@ -66,10 +67,19 @@ def masked_matmul_suite(quick: bool) -> list[tuple[str, Work]]:
     ]
 
 
+def sensitivity_suite(quick: bool) -> list[tuple[str, Work]]:
+    methods = ("SNIP",) if quick else ("SNIP", "GraSP")
+    return [
+        *((method, lambda b, m=method: sensitivity.seconds(m, 5, b)) for method in methods),
+        *((f"peak {method}", lambda b, m=method: sensitivity.memory(m, b)) for method in methods),
+    ]
+
+
 SUITES = {
     "scoring": scoring_suite,
     "selection": selection_suite,
     "walks": walks_suite,
+    "sensitivity": sensitivity_suite,
     "masked_matmul": masked_matmul_suite,
 }
 

@@ -18,8 +18,16 @@ from .path_kernel import PathKernel
 from .path_sampling import Paths, sample_paths
 from .policy import Policy
 from .pruners import (
+    FORCE,
+    NTKSAP,
     PHEW,
     PX,
+    SBP,
+    SNIP,
+    Fisher,
+    GraSP,
+    Hutchinson,
+    IterSNIP,
     Magnitude,
     Pruner,
     PXExact,
@@ -30,6 +38,7 @@ from .pruners import (
     SynFlowL2,
     SynFlowL2Dist,
     TraceSaliency,
+    cross_entropy,
     sample_with_replacement,
 )
 from .pruning import prune
@@ -44,11 +53,19 @@ from .tangent_kernel import ntk, ntk_trace, ntk_trace_bound, path_activations
 from .version import __version__
 
 __all__ = [
+    "FORCE",
+    "NTKSAP",
     "PHEW",
     "PX",
+    "SBP",
+    "SNIP",
     "EdgeOfChaos",
+    "Fisher",
+    "GraSP",
     "GradientMoments",
+    "Hutchinson",
     "Inverted",
+    "IterSNIP",
     "Magnitude",
     "MaskFileError",
     "MaskMismatchError",
@@ -83,6 +100,7 @@ __all__ = [
     "chi",
     "class_balanced",
     "critical_sparsity_bound",
+    "cross_entropy",
     "densify",
     "edge_of_chaos",
     "edge_of_chaos_init_",

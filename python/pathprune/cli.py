@@ -21,7 +21,7 @@ from . import info as installation
 from .loading import example_input, load_model
 from .masks import Masks
 from .network import PathNetwork
-from .pruners import PHEW, Magnitude, Pruner, Random, SynFlow, SynFlowL2, TraceSaliency
+from .pruners import NTKSAP, PHEW, Magnitude, Pruner, Random, SynFlow, SynFlowL2, TraceSaliency
 from .pruning import prune as prune_model
 from .report import Report
 
@@ -58,6 +58,7 @@ class Method(str, enum.Enum):
     RANDOM = "random"
     TRACE = "trace"
     PHEW = "phew"
+    NTK_SAP = "ntk-sap"
 
     def pruner(self, rounds: int | None) -> Pruner:
         kinds: dict[str, type[Pruner]] = {
@@ -67,6 +68,7 @@ class Method(str, enum.Enum):
             "random": Random,
             "trace": TraceSaliency,
             "phew": PHEW,
+            "ntk-sap": NTKSAP,
         }
         return kinds[self.value]() if rounds is None else kinds[self.value](rounds=rounds)
 

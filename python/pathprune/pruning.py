@@ -38,7 +38,7 @@ def prune(
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] = (),
     count: str = "exact",
-    allow_regrowth: bool = False,
+    allow_regrowth: bool | None = None,
     compact: bool | float = True,
     progress: bool | None = None,
 ) -> Masks | list[Masks]:
@@ -57,7 +57,7 @@ def prune(
         include, exclude: name patterns of the weights that may be pruned; the others stay whole and are not counted.
         count: ``exact``: exactly the right number stays, ties kept in order; ``published``: the published loop's int
             arithmetic, all ties at the threshold removed.
-        allow_regrowth: whether a pruned weight may return in a later round.
+        allow_regrowth: whether a pruned weight may return in a later round; None: in ``FORCE`` alone.
         compact: pack weights once fewer than this fraction is left (True: 1/4); memory for speed.
         progress: a progress bar on stderr; None: when it is a terminal.
 
@@ -81,8 +81,9 @@ def prune(
     names = network.select(include, exclude)
     quick = merge_equal_positions(network) if pruner.wants_merged_positions else network
     share = (0.25 if compact else 0.0) if isinstance(compact, bool) else float(compact)
-    weights = weights_of(quick, names, pruner.maps, compact=0.0 if allow_regrowth else share)
-    selection = Selection(weights, names, area, count, allow_regrowth)
+    regrow = pruner.regrows if allow_regrowth is None else allow_regrowth
+    weights = weights_of(quick, names, pruner.maps, compact=0.0 if regrow else share)
+    selection = Selection(weights, names, area, count, regrow)
     one_shot = schedule == "one-shot" and len(densities) == 1
     plan = rounds_of(schedule, densities, 1 if one_shot else pruner.rounds_for(densities))
     shapes = {name: network.tensors[name].shape for name in names}

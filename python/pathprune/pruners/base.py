@@ -43,6 +43,11 @@ class Pruner:
         return False
 
     @property
+    def regrows(self) -> bool:
+        """Whether pruned weights may return in later rounds unless ``prune`` is told otherwise."""
+        return False
+
+    @property
     def name(self) -> str:
         return type(self).__name__
 

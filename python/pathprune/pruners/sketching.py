@@ -70,6 +70,10 @@ class Sketch(Pruner):
     def maps(self) -> tuple[WeightMap, WeightMap]:
         return self.base.maps
 
+    @property
+    def regrows(self) -> bool:
+        return self.base.regrows
+
     def config(self) -> dict[str, Any]:
         return {**super().config(), "base": {"method": self.base.name, **self.base.config()}}
 
@@ -175,7 +179,9 @@ class Sketch(Pruner):
         """The scores of one tensor, >= 0, float64 [G, O, K], without their exponent."""
         made = weight.written_scores()
         scores = ops.through_flow(made.weight, made.mask, None, None, made.s, columns=made.columns)
-        return scores.abs().double()
+        if bool((scores < 0).any()):
+            raise ValueError(f"Sketch: base: wanted scores >= 0, got negative ones of '{weight.name}'")
+        return scores.double()
 
     def _keys(self, weight: Weight, seed: int, first: int) -> Tensor:
         """Sampling keys of one tensor; a score of zero sorts below every other."""
