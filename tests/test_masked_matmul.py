@@ -217,7 +217,7 @@ def test_opcheck() -> None:
         "sparse_gather": [(weight.clone().requires_grad_(), *pattern.rows)],
         "sparse_scatter": [(values.clone().requires_grad_(), *pattern.rows)],
     }
-    assert set(calls) == set(sparse_ops.SCHEMAS)
+    assert set(calls) == {name for name in sparse_ops.SCHEMAS if name.startswith("sparse_")}
     for name, given_calls in calls.items():
         for arguments in given_calls:
             torch.library.opcheck(getattr(torch.ops.pathprune, name).default, arguments)
