@@ -36,9 +36,11 @@ FLOORS = [
     {"flow"},
     {"liveness", "spatial", "tangent", "gates", "path_sampling", "summed_weights"},
     {"path_kernel", "path_gram", "tangent_kernel"},
+    {"convergence"},
     {"pruners", "stable_resnet"},
     {"pruning", "sanity"},
     {"report", "scoring"},
+    {"comparison"},
     {"cli", "demo"},
 ]
 

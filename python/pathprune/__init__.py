@@ -8,6 +8,8 @@ masks.apply_(model)
 
 from ._mask_io import MaskFileError, MaskMismatchError
 from .batches import class_balanced
+from .comparison import Comparison, compare
+from .convergence import Convergence, predict_convergence
 from .gradient_moments import GradientMoments, gradient_moments
 from .masked import PackedMask, masked_matmul, pack_mask
 from .masks import Masks
@@ -59,6 +61,8 @@ __all__ = [
     "PX",
     "SBP",
     "SNIP",
+    "Comparison",
+    "Convergence",
     "EdgeOfChaos",
     "Fisher",
     "GraSP",
@@ -99,6 +103,7 @@ __all__ = [
     "__version__",
     "chi",
     "class_balanced",
+    "compare",
     "critical_sparsity_bound",
     "cross_entropy",
     "densify",
@@ -114,6 +119,7 @@ __all__ = [
     "pack_mask",
     "path_activations",
     "path_counts",
+    "predict_convergence",
     "prune",
     "random_labels",
     "reinit",

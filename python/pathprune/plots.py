@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from .comparison import MaskFacts
     from .report import Report
 
 KEPT, LIVE, WIDTH, GONE = "#b7cbe0", "#1f4e79", "#3f8570", "#c0392b"
@@ -170,3 +171,47 @@ def plot_accuracy(
     if path is not None:
         figure.savefig(path)
     return ends
+
+
+def plot_comparison(rows: Sequence[MaskFacts], path: str | os.PathLike[str] | None = None) -> Figure:
+    """Draws ``Comparison.plot``: a row of bars for each set of masks, a panel for each thing they are compared by."""
+    panels: list[tuple[str, list[float]]] = [
+        ("log2 trace of the path kernel", [row.log2_trace for row in rows]),
+        ("live units", [float(row.live_units) for row in rows]),
+        ("log2 paths", [row.log2_paths for row in rows]),
+    ]
+    if all(row.log2_eigenvalues for row in rows):
+        panels.insert(1, ("log2 largest eigenvalue", [row.log2_eigenvalues[0] for row in rows]))
+    if all(row.ntk_trace is not None for row in rows):
+        levels = [math.log2(row.ntk_trace) if row.ntk_trace else -math.inf for row in rows]
+        panels.insert(2, ("log2 trace of the tangent kernel", levels))
+    figure = new_figure(1.6 + 2.3 * len(panels), 1.3 + 0.42 * len(rows))
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    places = range(len(rows))
+    for ax, (title, values) in zip(axes, panels, strict=True):
+        finite = [value for value in values if math.isfinite(value)]
+        low = min([0.0, *finite]) if title == "live units" else min(finite, default=0.0) - 1
+        shown = [value if math.isfinite(value) else low for value in values]
+        bars = ax.barh(places, [value - low for value in shown], left=low, color=LIVE, height=0.62)
+        for bar, value in zip(bars, values, strict=True):
+            text = "none" if not math.isfinite(value) else f"{value:.4g}"
+            inside = bar.get_width() > 0.55 * (max(shown) - low)
+            ax.annotate(
+                text,
+                (bar.get_x() + bar.get_width(), bar.get_y() + bar.get_height() / 2),
+                xytext=(-4 if inside else 4, 0),
+                textcoords="offset points",
+                ha="right" if inside else "left",
+                va="center",
+                fontsize=8,
+                color="white" if inside else "black",
+            )
+        ax.set_title(title, fontsize=9, loc="left")
+        ax.tick_params(labelsize=8)
+        _bare(ax)
+    axes[0].set_yticks(places, [row.name for row in rows])
+    axes[0].invert_yaxis()
+    figure.tight_layout()
+    if path is not None:
+        figure.savefig(path)
+    return figure
