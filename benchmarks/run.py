@@ -70,8 +70,8 @@ def masked_matmul_suite(quick: bool) -> list[tuple[str, Work]]:
 def sensitivity_suite(quick: bool) -> list[tuple[str, Work]]:
     methods = ("SNIP",) if quick else ("SNIP", "GraSP")
     return [
-        *((method, lambda b, m=method: sensitivity.seconds(m, 5, b)) for method in methods),
         *((f"peak {method}", lambda b, m=method: sensitivity.memory(m, b)) for method in methods),
+        *((method, lambda b, m=method: sensitivity.seconds(m, 3, b)) for method in methods),
     ]
 
 

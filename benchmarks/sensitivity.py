@@ -64,16 +64,27 @@ def _case(method: str, what: str) -> Case:
 
 
 def seconds(method: str, repeats: int, bandwidth: float) -> Result:
-    """Time of each way; peaks too, as the C library's heap has them."""
-    return _case(method, "").measure(repeats, bandwidth=bandwidth, peaks=True)
+    """Time of each way."""
+    return _case(method, "").measure(repeats, bandwidth=bandwidth)
 
 
 def memory(method: str, bandwidth: float) -> Result:
-    """Peak of what is alive: every large block is mapped by itself, so that it leaves the resident set when freed.
+    """Peak of what is alive, and the time that takes.
 
-    For good, and page faults cost time: these cases come last.
+    Every large block is mapped by itself, so that it leaves the resident set when it is freed: else the peak also has
+    how the heap is fragmented, by all that ran before. Hence these cases come first.
     """
-    map_threshold = -3  # M_MMAP_THRESHOLD
+    case = _case(method, ", every large block mapped")
+    _set_heap(map_from=1 << 20, keep=1 << 17)
+    try:
+        return case.measure(1, warmup=0, bandwidth=bandwidth, peaks=True)
+    finally:
+        _set_heap(map_from=1 << 25, keep=1 << 26)  # what glibc itself arrives at with blocks of this size
+
+
+def _set_heap(map_from: int, keep: int) -> None:
+    """From which size blocks are mapped by themselves, and how much freed memory the heap keeps, in bytes."""
+    trim_threshold, map_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
     with suppress(OSError, AttributeError):  # glibc alone has it
-        ctypes.CDLL(None).mallopt(map_threshold, 1 << 20)
-    return _case(method, ", every large block mapped").measure(1, warmup=0, bandwidth=bandwidth, peaks=True)
+        ctypes.CDLL(None).mallopt(map_threshold, map_from)
+        ctypes.CDLL(None).mallopt(trim_threshold, keep)

@@ -49,12 +49,10 @@ def require_reiterable(data: Data, who: str) -> None:
     wanted = f"{who}: data: wanted a re-iterable of batches (a list, a DataLoader)"
     if isinstance(data, Tensor):
         raise TypeError(f"{wanted}, got a tensor; put it into a list: [x]")
-    try:
-        iterator = iter(data)
-    except TypeError:
-        raise TypeError(f"{wanted}, got {type(data).__name__}") from None
-    if iterator is data:
+    if isinstance(data, Iterator):  # not asked for one: a DataLoader would draw, and start its workers
         raise TypeError(f"{wanted}, got {type(data).__name__}, which can be read only once; use list(...)")
+    if not isinstance(data, Iterable) and not hasattr(data, "__getitem__"):
+        raise TypeError(f"{wanted}, got {type(data).__name__}")
 
 
 def stream(data: Data, who: str, device: torch.device | str = "cpu", needs_target: bool = False) -> Iterator[Batch]:

@@ -24,6 +24,7 @@ from .version import __version__
 from .weights import weights_of
 
 
+@torch.inference_mode(False)  # fixed maps are differentiated to find their adjoints
 def prune(
     model: nn.Module | PathNetwork,
     pruner: Pruner,

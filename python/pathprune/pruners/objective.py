@@ -57,8 +57,7 @@ class DataPruner(Pruner):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        with torch.random.fork_rng(devices=[]):  # a DataLoader draws when its iterator is made
-            require_reiterable(self.data, self.name)
+        require_reiterable(self.data, self.name)
 
     @property
     def maps(self) -> tuple[WeightMap, WeightMap]:
