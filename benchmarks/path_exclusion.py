@@ -8,13 +8,17 @@ data factor without a graph, one backward row, three copies made once, flows div
 so that float32 does (autograd would overflow).
 
 Rounds 1, 25, 50, 75 and 100 are measured, each from the masks that the schedule has there.
+
+python benchmarks/path_exclusion.py    how far PX agrees with what knows no data, on scikit-learn's digits
 """
 
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -267,3 +271,42 @@ def rounds(key: str, bandwidth: float, images: int = 100, density: float = 0.018
     case.add("published loop", lambda: [published_round(model, x, masks, goal) for masks, goal in starts])
     case.add("best PyTorch", lambda: [plain.round(masks, goal) for masks, goal in starts])
     return case.measure(repeats, warmup=0, bandwidth=bandwidth)
+
+
+def digits(count: int) -> Tensor:
+    """Real images: handwritten digits, enlarged to 3 x 32 x 32 and standardised."""
+    from sklearn.datasets import load_digits
+
+    small = torch.as_tensor(load_digits().images[:count], dtype=torch.float32)[:, None]
+    large = F.interpolate(small, size=(32, 32), mode="bilinear").expand(-1, 3, -1, -1)
+    return (large - large.mean()) / large.std()
+
+
+def agreement(path: Path, images: int = 64) -> None:
+    """The share of kept weights that the masks of two methods have in common, ResNet-20, 100 rounds."""
+    torch.manual_seed(0)
+    model, x = models.resnet20().eval(), digits(images)
+    network = PathNetwork.from_module(model, x[:1])
+    labels = torch.arange(images) % 10
+    methods = {
+        "PX": pp.PX([x]),
+        "PX, other images": pp.PX([digits(2 * images)[images:]]),
+        "PX, released": pp.PX([x], "released"),
+        "PXExact": pp.PXExact([(x, labels)]),
+        "SNIP": pp.SNIP([(x, labels)]),
+        "u dR/du, no data": pp.SynFlowL2(policy="paths"),
+        "SynFlow": pp.SynFlow(),
+    }
+    found = {}
+    for density in (0.1, 0.018):
+        masks = {name: pp.prune(network, method, density=density, progress=False) for name, method in methods.items()}
+        kept = sum(int(mask.sum()) for mask in masks["PX"].values())
+        for name, other in masks.items():
+            common = sum(int((masks["PX"][n] & other[n]).sum()) for n in other)
+            found.setdefault(name, {})[str(density)] = round(common / kept, 4)
+            print(f"{name:>18} at {density:.1%}: {common / kept:.1%} of PX's weights", flush=True)
+    path.write_text(json.dumps({"images": images, "network": "ResNet-20", "in common with PX": found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    agreement(Path(__file__).parent / "results" / "px_agreement.json")

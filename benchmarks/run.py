@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 
 import masked_matmul
+import path_exclusion
+import path_kernel
 import scoring
 import selection
 import sensitivity
@@ -75,11 +77,26 @@ def sensitivity_suite(quick: bool) -> list[tuple[str, Work]]:
     ]
 
 
+def kernel_suite(quick: bool) -> list[tuple[str, Work]]:
+    cases: list[tuple[str, Work]] = [
+        (f"trace {key}", lambda b, key=key: path_kernel.trace(key, 5, b)) for key in ("resnet50", "vgg16")
+    ]
+    cases.append(("product vgg16", lambda b: path_kernel.products(5, b)))
+    return cases if quick else [*cases, ("eigenvalues vgg16", lambda b: path_kernel.eigenvalues(10, b))]
+
+
+def px_suite(quick: bool) -> list[tuple[str, Work]]:
+    keys = ("resnet20",) if quick else ("resnet20", "vgg16")
+    return [(f"px {key}", lambda b, key=key: path_exclusion.rounds(key, b)) for key in keys]
+
+
 SUITES = {
     "scoring": scoring_suite,
     "selection": selection_suite,
     "walks": walks_suite,
     "sensitivity": sensitivity_suite,
+    "kernel": kernel_suite,
+    "px": px_suite,
     "masked_matmul": masked_matmul_suite,
 }
 
