@@ -28,7 +28,7 @@ FLOORS = [
     {"walk_reference"},
     {"ops", "sparse_ops", "masked", "rules", "tracer", "masks"},
     {"walk_ops"},
-    {"network", "select", "sparse"},
+    {"network", "select", "sparse", "bias_masks"},
     {"walk_graph", "walk_masks", "path_links"},
     {"walk_tables"},
     {"walks"},

@@ -64,6 +64,8 @@ def _summary(report: Report) -> list[str]:
     method = about.get("method") or (f"Masks ({about['operation']})" if "operation" in about else "Masks")
     kept = f"{report.kept:,} of {report.weights:,} weights kept"
     lines = [f"{method}: {kept}, density {percent(report.density)}, {_effective(report)}"]
+    if report.biases[1]:
+        lines.append(f"{report.biases[0]:,} of {report.biases[1]:,} biases kept, those of units that keep a weight")
     if found.get("rounds"):
         lines.append(_schedule(report))
         lines.append(_cost(found))

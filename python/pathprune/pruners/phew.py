@@ -22,7 +22,8 @@ class PHEW(Pruner):
     """Keeps the weights on input-output walks that prefer large ``|w|``; walks are drawn until the density is reached.
 
     Every kept weight lies on a path, so effective equals direct density. The last walk stays whole: at most one path
-    over the target, reported as ``overshoot``. A list of densities gives nested masks from one run of walks.
+    over the target, reported as ``overshoot``. A list of densities gives nested masks from one run of walks. The
+    paper's masks of biases, those of the units visited, are ``masks.with_biases(model)``.
 
     Args:
         bias: None: steps see the next weight alone. ``flow``: whole paths are drawn with probability ``|v|^power / R``,
