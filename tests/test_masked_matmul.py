@@ -381,6 +381,14 @@ def test_refuses(call: Any, message: str) -> None:
         call()
 
 
+@pytest.mark.skipif(not _library.cpu_loaded, reason="the reference would index the entries before it counts them")
+def test_refuses_more_entries_than_an_order_can_number() -> None:
+    rows, columns = 2**15 + 1, 2**16
+    layout = torch.tensor([-1], dtype=torch.int16).expand(1, rows, columns // 16)
+    with pytest.raises(ValueError, match=rf"wanted at most 2\^31 - 1 entries, got {rows * columns}"):
+        sparse_ops.sparse_index(layout, torch.arange(rows + 1) * columns, columns)
+
+
 def test_refuses_a_mask_that_changed() -> None:
     bits = torch.rand(3, 20) < 0.5
     mask, x = pp.pack_mask(bits), torch.ones(2, 20)

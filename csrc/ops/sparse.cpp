@@ -4,6 +4,7 @@
 #include "ops/sparse.h"
 
 #include <algorithm>
+#include <vector>
 
 #include "glue/cpu.h"
 #include "glue/cpu_ops.h"
@@ -108,19 +109,43 @@ Kernel check_kernel(const char* op, int64_t code, int64_t positions) {
   return static_cast<Kernel>(code);
 }
 
+bool is_by_bits(const Pattern& w, int64_t stored, double from) {
+  return static_cast<double>(stored) >= from * static_cast<double>(w.groups * w.rows * w.columns);
+}
+
 template <typename A>
 void multiply_one(const Pattern& w, const A* values, int64_t stored, const Tensor& x, Kernel kernel,
                   const Tensor& y) {
   const auto kernels = PP_BY_ISA(sparse_kernels<A>)();
   const Tensor flow = padded_flow(torch::stable::contiguous(x), 1, w.words * kWordColumns);
-  const double all = static_cast<double>(w.groups * w.rows * w.columns);
-  const bool expands =
-      kernel == kExpand ||
-      (kernel == kChosen && !w.order && static_cast<double>(stored) >= kernels.expand_from * all);
+  const bool expands = kernel == kExpand || (kernel == kChosen && !w.order &&
+                                             is_by_bits(w, stored, kernels.expand_from));
   const auto multiply = expands ? kernels.expand : kernels.gather;
   for_rows(w, 1, [&](const Rows& rows, int64_t) {
     multiply(w, rows, values, data_of<A>(flow) + rows.group * w.words * kWordColumns,
              data_of<A>(y) + rows.group * w.rows);
+  });
+}
+
+// The transposed product for one position, without the transpose: every thread takes some columns,
+// whose sums it forms row by row.
+template <typename A>
+void multiply_one_transposed(const Pattern& w, const A* values, int64_t stored, const Tensor& g,
+                             const Tensor& y) {
+  const auto kernels = PP_BY_ISA(sparse_kernels<A>)();
+  const bool by_bits = is_by_bits(w, stored, kernels.update_from);
+  const Tensor flow = torch::stable::contiguous(g);
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t words = std::max<int64_t>(ceil_divide(w.words, threads), 1);
+  const int64_t parts = ceil_divide(w.words, words);
+  in_parts(w.groups * parts, 1, [&](int64_t i, int64_t) {
+    const int64_t group = i / parts, first = i % parts * words;
+    const int64_t last = std::min(w.words, first + words);
+    std::vector<A> sums((last - first) * kLanes);
+    kernels.spread(w, group, first, last, by_bits, values, data_of<A>(flow) + group * w.rows,
+                   sums.data());
+    const int64_t begin = first * kLanes, end = std::min(w.columns, last * kLanes);
+    std::copy_n(sums.data(), end - begin, data_of<A>(y) + group * w.columns + begin);
   });
 }
 
@@ -262,8 +287,11 @@ Tensor sparse_matmul(const Tensor& values, const Tensor& x, int64_t f, bool tran
   by_type(type, [&]<typename A>(A) {
     const Tensor mapped = mapped_values<A>(stored, storage, map, pattern.stored());
     const auto* data = static_cast<const A*>(mapped.const_data_ptr());
-    if (positions == 1 && chosen != kLanesOfPositions) {
-      multiply_one(w, data, pattern.stored(), x, chosen, y);
+    const int64_t entries = pattern.stored();
+    if (t && positions == 1 && chosen == kChosen && columns <= kIndexedColumns) {
+      multiply_one_transposed(pattern.view(), data, entries, x, y);
+    } else if (positions == 1 && chosen != kLanesOfPositions) {
+      multiply_one(w, data, entries, x, chosen, y);
     } else {
       multiply_many(w, data, x, y);
     }
@@ -292,6 +320,16 @@ Tensor sparse_sample(const Tensor& x, const Tensor& g, const Tensor& layout,
   const Tensor sums = new_tensor(x, {pattern.stored()}, type);
   by_type(type, [&]<typename A>(A) {
     const auto kernels = PP_BY_ISA(sparse_kernels<A>)();
+    if (x.size(1) == 1 && columns <= kIndexedColumns) {
+      const Tensor flow = padded_flow(torch::stable::contiguous(x), 1, w.words * kWordColumns);
+      const Tensor at = torch::stable::contiguous(g);
+      const bool by_bits = is_by_bits(w, pattern.stored(), kernels.update_from);
+      for_rows(w, 1, [&](const Rows& rows, int64_t) {
+        kernels.outer(w, rows, by_bits, data_of<A>(flow) + rows.group * w.words * kWordColumns,
+                      data_of<A>(at) + rows.group * w.rows, data_of<A>(sums));
+      });
+      return;
+    }
     const Panels<A> from(x, kernels.most_vectors), at(g, kernels.most_vectors);
     for_rows(w, 1, [&](const Rows& rows, int64_t) {
       for (int64_t panel = 0; panel < from.count(); ++panel) {

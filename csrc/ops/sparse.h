@@ -56,12 +56,21 @@ struct SparseKernels {
   // The same for one position: by the columns of the entries, or by the mask bits.
   void (*gather)(const Pattern& w, const Rows& rows, const A* values, const A* x, A* y);
   void (*expand)(const Pattern& w, const Rows& rows, const A* values, const A* x, A* y);
-  // Shares of live entries from which on the latter is faster.
-  double expand_from;
+  // The transposed product for one position, words first_word .. last_word - 1 of y [columns],
+  // padded to whole words: y[c] = sum_r g[r] w[r, c]. At most 2^16 columns; no `order`.
+  void (*spread)(const Pattern& w, int64_t group, int64_t first_word, int64_t last_word,
+                 bool by_bits, const A* values, const A* g, A* y);
+  // Shares of live entries from which on the mask bits are faster than the columns: for `expand`,
+  // and for `spread` and `outer`, which also write.
+  double expand_from, update_from;
   // sums[i] (+)= sum_t g[t, r] x[t, c] over the positions of a panel, for the entries i of the
   // rows.
   void (*sample)(const Pattern& w, const Rows& rows, const A* x_panel, const A* g_panel,
                  int vectors, bool add, A* sums);
+  // The same for one position: products[i] = g[r] x[c], x padded to whole words, at most 2^16
+  // columns.
+  void (*outer)(const Pattern& w, const Rows& rows, bool by_bits, const A* x, const A* g,
+                A* products);
   // Writes the rows out, with zeros where nothing is stored; `size` bytes a value.
   void (*scatter)(const Pattern& w, const Rows& rows, int64_t size, const void* values,
                   void* dense);
