@@ -36,7 +36,7 @@ SHAPES = [
     (1, 5, 0, 0.5),
     (0, 5, 5, 0.5),
 ]
-POSITIONS = (0, 1, 2, 16, 17, 49, 200)
+POSITIONS = (0, 1, 2, 7, 8, 9, 17, 49, 200)
 
 
 def weight_of(shape: tuple[int, int, int, float], dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -138,7 +138,7 @@ def test_as_exact_as_torch() -> None:
         assert ours.square().mean() <= 4 * torchs.square().mean()
 
 
-@pytest.mark.parametrize("positions", [1, 40])
+@pytest.mark.parametrize("positions", [1, 6, 40])
 def test_threads_give_the_same_bits(positions: int) -> None:
     weight, bits = weight_of((2, 700, 900, 0.15), torch.float32)
     pattern = pattern_of(bits)

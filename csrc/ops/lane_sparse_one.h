@@ -13,6 +13,28 @@
 
 namespace pathprune::PATHPRUNE_ISA {
 
+// Of a panel, per tile: what the second cache holds beside the entries.
+constexpr int64_t kTileBytes = 256 << 10;
+// So much of a panel lies in the first cache; entries of a row in a tile that are too few, for the
+// branches that end them are not foreseen, are worth a tile of the second.
+constexpr int64_t kSmallTileBytes = 32 << 10;
+
+// Columns of a tile where one takes so many bytes of a panel: a power of two, so that in no tile an
+// index modulo 2^16 wraps.
+PP_INLINE int64_t tile_columns(const Pattern& w, const Rows& rows, int64_t column_bytes,
+                               int64_t least_entries) {
+  const int64_t first = w.flat_row(rows), count = rows.end - rows.begin;
+  const int64_t entries = w.row_start[first + count] - w.row_start[first];
+  int64_t columns = 64;
+  while (columns < kIndexedColumns) {
+    const int64_t bytes = 2 * columns * column_bytes;
+    const bool is_short = entries * columns < least_entries * count * w.columns;
+    if (bytes > (is_short ? kTileBytes : kSmallTileBytes)) break;
+    columns *= 2;
+  }
+  return columns;
+}
+
 // a * b + c
 template <typename A>
 PP_INLINE A fused_one(A a, A b, A c) {

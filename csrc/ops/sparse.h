@@ -40,6 +40,9 @@ struct Strided {
 // What one call of a kernel takes at most: its sums lie on the stack.
 inline constexpr int64_t kSparseRows = 256;
 
+// Up to so many positions share a vector of eight lanes.
+inline constexpr int64_t kFewPositions = 8;
+
 // A panel is a part of a flow with positions side by side, [units, 16 * vectors], zero behind the
 // last position. A flow is cut into panels that lie one behind the other.
 template <typename A>
@@ -71,6 +74,15 @@ struct SparseKernels {
   // columns.
   void (*outer)(const Pattern& w, const Rows& rows, bool by_bits, const A* x, const A* g,
                 A* products);
+  // The same for up to kFewPositions, by panels [units, 8] that pack_few makes; y points at what a
+  // group has, [positions, rows] or [positions, columns]. At most 2^16 columns for spread_few.
+  void (*pack_few)(const Strided<const A>& x, int64_t positions, int64_t units, A* panel);
+  void (*multiply_few)(const Pattern& w, const Rows& rows, const A* values, const A* panel,
+                       int64_t positions, A* y);
+  void (*spread_few)(const Pattern& w, int64_t group, int64_t first_word, int64_t last_word,
+                     const A* values, const A* g_panel, int64_t positions, A* y);
+  void (*sample_few)(const Pattern& w, const Rows& rows, const A* x_panel, const A* g_panel,
+                     A* sums);
   // Writes the rows out, with zeros where nothing is stored; `size` bytes a value.
   void (*scatter)(const Pattern& w, const Rows& rows, int64_t size, const void* values,
                   void* dense);

@@ -5,39 +5,17 @@
 // the panel that a tile needs stays in the cache while all rows of the block pass by.
 
 #include "ops/lane_shuffle.h"
-#include "ops/lane_sparse_one.h"
+#include "ops/lane_sparse_few.h"
 #include "ops/lane_sweep.h"
 #include "ops/sparse.h"
 
 namespace pathprune::PATHPRUNE_ISA {
 namespace {
 
-// Of a panel, per tile: what the second cache holds beside the entries.
-constexpr int64_t kTileBytes = 256 << 10;
 // Sums of a row stay in registers: of twelve vectors besides what is loaded, up to eight positions'
 // worth of sixteen.
 template <typename A>
 constexpr int kMostVectors = std::clamp(12 / Lanes<A>::kParts, 1, 8);
-
-// So much of a panel lies in the first cache; entries of a row in a tile that are too few, for the
-// branches that end them are not foreseen, are worth a tile of the second.
-constexpr int64_t kSmallTileBytes = 32 << 10;
-
-// Columns of a tile where one takes so many bytes of a panel: a power of two, so that in no tile an
-// index modulo 2^16 wraps.
-PP_INLINE int64_t tile_columns(const Pattern& w, const Rows& rows, int64_t column_bytes,
-                               int64_t least_entries) {
-  const int64_t first = w.flat_row(rows), count = rows.end - rows.begin;
-  const int64_t entries = w.row_start[first + count] - w.row_start[first];
-  int64_t columns = 64;
-  while (columns < kIndexedColumns) {
-    const int64_t bytes = 2 * columns * column_bytes;
-    const bool is_short = entries * columns < least_entries * count * w.columns;
-    if (bytes > (is_short ? kTileBytes : kSmallTileBytes)) break;
-    columns *= 2;
-  }
-  return columns;
-}
 
 constexpr int64_t whole_lanes(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
 
@@ -265,8 +243,9 @@ constexpr double kExpandFrom = PP_AVX512 ? 0.15 : 2, kUpdateFrom = PP_AVX512 ? 0
 
 template <typename A>
 SparseKernels<A> sparse_kernels() {
-  return {kMostVectors<A>, map<A>,      pack<A>,     multiply<A>, gather<A>, expand_rows<A>,
-          spread<A>,       kExpandFrom, kUpdateFrom, sample<A>,   outer<A>,  scatter};
+  return {kMostVectors<A>, map<A>,        pack<A>,       multiply<A>, gather<A>, expand_rows<A>,
+          spread<A>,       kExpandFrom,   kUpdateFrom,   sample<A>,   outer<A>,  pack_few<A>,
+          multiply_few<A>, spread_few<A>, sample_few<A>, scatter};
 }
 template SparseKernels<float> sparse_kernels<float>();
 template SparseKernels<double> sparse_kernels<double>();

@@ -77,7 +77,7 @@ __device__ __forceinline__ double warp_largest(double value) {
 }
 
 template <typename W>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     move_in_field(const WalkMatrix m, const WalkRule rule, const WalkField field,
                   const Walkers walkers) {
   const int lane = lane_of_thread();
