@@ -10,6 +10,10 @@
 
 #include "ops/lane_sparse_one.h"
 
+// Eight lanes are more than some instruction sets have in a register. What passes them is inlined,
+// so how they would be passed does not matter.
+#pragma GCC diagnostic ignored "-Wpsabi"
+
 namespace pathprune::PATHPRUNE_ISA {
 
 inline constexpr int kFew = static_cast<int>(kFewPositions);
