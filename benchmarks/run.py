@@ -51,11 +51,16 @@ def walks_suite(quick: bool) -> list[tuple[str, Work]]:
     cases: list[tuple[str, Work]] = [
         (f"steps {n} {w}", lambda b, n=n, w=w: walks.steps_per_second(n, w, 5, b)) for n, w in sizes
     ]
+    x = torch.ones(1, 3, 32, 32)
     for density in (0.018, 0.1):
-        cases.append((f"mask vgg16 {density}", lambda b, d=density: walks.whole_mask("vgg16", walks.vgg16(), d, 5, b)))
+        name = f"mask vgg16 {density}"
+        cases.append((name, lambda b, d=density: walks.whole_job("vgg16", walks.vgg16(), x, d, 5, b)))
     for size in (1024,) if quick else (1024, 4096):
         name = f"4 layers of {size} x {size}"
         cases.append((f"mask {size}", lambda b, n=size, t=name: walks.whole_mask(t, walks.square(n), 0.1, 3, b)))
+    tables = walks.Tables()
+    for size, counts in ((1024, (1, 4, 16, 64, 256, 1024)), (4096, () if quick else (1, 4, 16, 32, 128, 440))):
+        cases += [(f"forms {size} {w}", lambda b, n=size, w=w: walks.forms(n, w, 3, b, tables)) for w in counts]
     return cases
 
 
@@ -129,6 +134,8 @@ def main() -> None:
         if results and suite == "masked_matmul":
             print(masked_matmul.overview(results))
             masked_matmul.plot(results, path.with_suffix(".png"))
+        if results and suite == "walks":
+            walks.plot(results, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

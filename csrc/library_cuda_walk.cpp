@@ -44,6 +44,51 @@ std::tuple<Tensor, Tensor> walk_step(const Tensor& weight, const Tensor& units, 
   return {next, edge};
 }
 
+Tensor walk_mass(const Tensor& weight, const OptionalTensor& valid, int64_t power) {
+  const char* op = "walk_mass";
+  const OnDevice device(weight);
+  const Tensor none = new_integers(weight, 0);
+  const WalkStepArguments arguments(weight, none, none, std::nullopt, std::nullopt, valid, power,
+                                    true, 0, 0, op);
+  const WalkMatrix& m = arguments.matrix();
+  const Tensor mass = new_tensor(weight, {m.groups, m.rows, m.columns}, ScalarType::Double);
+  check(op, sum_walk_kernels(m, arguments.rule(), data_of<double>(mass), device.stream()));
+  return mass;
+}
+
+std::tuple<Tensor, Tensor, Tensor> walk_field_step(const Tensor& weight, const Tensor& units,
+                                                   const Tensor& positions, const Tensor& walks,
+                                                   const Tensor& flow, const Tensor& leads_to,
+                                                   int64_t power, bool to_rows, int64_t seed,
+                                                   int64_t step) {
+  const char* op = "walk_field_step";
+  const OnDevice device(weight);
+  const WalkStepArguments arguments(weight, units, walks, std::nullopt, std::nullopt, std::nullopt,
+                                    power, to_rows, seed, step, op);
+  const WalkFieldArguments field_arguments(arguments, positions, flow, leads_to);
+  const WalkMatrix& m = arguments.matrix();
+  const int64_t count = units.numel();
+  const Tensor next = new_integers(units, count);
+  const Tensor next_position = new_integers(units, count);
+  const Tensor edge = new_integers(units, count);
+  const Walkers walkers = {arguments.units(), arguments.walks(), count, data_of<int64_t>(next),
+                           data_of<int64_t>(edge)};
+  const WalkField field = field_arguments.field(data_of<int64_t>(next_position));
+  const FieldSizes sizes = {count, m.units(), field_arguments.places(), leads_to.numel()};
+  const Tensor workspace = new_bytes(units, sizeof(FieldRefusals));
+  auto* const place = data_of<FieldRefusals>(workspace);
+  check(op, check_field_places(field, sizes, walkers.units, place, device.stream()));
+  const FieldRefusals found = read_one(op, place, device.stream());
+  const auto at = [&](const int64_t* things, int64_t all, int64_t refused) {
+    return read_one(op, things + all - refused, device.stream());
+  };
+  if (found.unit) arguments.refuse_unit(at(walkers.units, count, found.unit));
+  if (found.position) field_arguments.refuse_position(at(field.at, count, found.position));
+  if (found.lead) field_arguments.refuse_lead(at(field.position, sizes.leads, found.lead));
+  check(op, move_walkers_in_field(m, arguments.rule(), field, walkers, device.stream()));
+  return {next, next_position, edge};
+}
+
 Tensor walk_choose(const Tensor& cdf, const Tensor& row_start, const Tensor& rows,
                    const Tensor& walks, int64_t seed, int64_t step, int64_t word) {
   const char* op = "walk_choose";
@@ -140,6 +185,8 @@ Tensor walk_mark_(const Tensor& bits, const Tensor& edges, int64_t target) {
 
 STABLE_TORCH_LIBRARY_IMPL(pathprune, CUDA, m) {
   m.impl("walk_step", TORCH_BOX(&pathprune::cuda::walk_step));
+  m.impl("walk_mass", TORCH_BOX(&pathprune::cuda::walk_mass));
+  m.impl("walk_field_step", TORCH_BOX(&pathprune::cuda::walk_field_step));
   m.impl("walk_choose", TORCH_BOX(&pathprune::cuda::walk_choose));
   m.impl("walk_mark_", TORCH_BOX(&pathprune::cuda::walk_mark_));
 }

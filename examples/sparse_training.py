@@ -1,10 +1,11 @@
 """Trains a network that was pruned at initialization twice: masked dense, and sparse.
 
 python examples/sparse_training.py [--density 0.05] [--width 1024] [--epochs 5] [--method synflow,phew]
+                                   [--data folder]
 
 Both runs see the same batches in the same order from the same weights; their losses agree within rounding.
 Prints time per step and accuracy of both, and the peak memory of a training run beyond what was held before.
-Digits come with scikit-learn; nothing is downloaded.
+Digits come with scikit-learn; --data names a folder with the binary files of CIFAR-10. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import pathprune as pp
-from pathprune.data import Split, digits
+from pathprune.data import Split, cifar10, digits
 from pathprune.models import mlp
 
 METHODS = {"synflow": pp.SynFlow(rounds=100), "phew": pp.PHEW(), "magnitude": pp.Magnitude(), "random": pp.Random()}
@@ -89,6 +90,7 @@ def peak_of(options: argparse.Namespace, method: str, kind: str) -> float:
     command = [sys.executable, __file__, "--peak", kind, "--method", method, "--epochs", "1"]
     for name in ("width", "density", "batch"):
         command += [f"--{name}", str(getattr(options, name))]
+    command += [] if options.data is None else ["--data", str(options.data)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(done.stdout.split()[-1])
 
@@ -100,9 +102,10 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--method", default="synflow")
+    parser.add_argument("--data", type=Path, help="a folder with CIFAR-10; else digits")
     parser.add_argument("--peak", choices=("dense", "sparse"), help="train once and print the peak memory in MB")
     options = parser.parse_args()
-    data = flat(digits())
+    data = flat(digits() if options.data is None else cifar10(options.data))
     if options.peak:
         model, masks = pruned(options.method, options.width, options.density, data)
         gc.collect()

@@ -36,7 +36,7 @@ SHAPES = [
     (1, 5, 0, 0.5),
     (0, 5, 5, 0.5),
 ]
-POSITIONS = (0, 1, 2, 16, 17, 49, 200)
+POSITIONS = (0, 1, 2, 7, 8, 9, 17, 49, 200)
 
 
 def weight_of(shape: tuple[int, int, int, float], dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -138,7 +138,7 @@ def test_as_exact_as_torch() -> None:
         assert ours.square().mean() <= 4 * torchs.square().mean()
 
 
-@pytest.mark.parametrize("positions", [1, 40])
+@pytest.mark.parametrize("positions", [1, 6, 40])
 def test_threads_give_the_same_bits(positions: int) -> None:
     weight, bits = weight_of((2, 700, 900, 0.15), torch.float32)
     pattern = pattern_of(bits)
@@ -379,6 +379,14 @@ def refusals() -> list[Any]:
 def test_refuses(call: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.skipif(not _library.cpu_loaded, reason="the reference would index the entries before it counts them")
+def test_refuses_more_entries_than_an_order_can_number() -> None:
+    rows, columns = 2**15 + 1, 2**16
+    layout = torch.tensor([-1], dtype=torch.int16).expand(1, rows, columns // 16)
+    with pytest.raises(ValueError, match=rf"wanted at most 2\^31 - 1 entries, got {rows * columns}"):
+        sparse_ops.sparse_index(layout, torch.arange(rows + 1) * columns, columns)
 
 
 def test_refuses_a_mask_that_changed() -> None:

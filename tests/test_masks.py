@@ -20,7 +20,8 @@ from torch import nn
 from torch.nn.utils import prune as torch_prune
 
 from pathprune import _mask_io
-from pathprune.masks import MaskFileError, MaskMismatchError, Masks, base_hash
+from pathprune._mask_io import base_hash
+from pathprune.masks import MaskFileError, MaskMismatchError, Masks
 
 SHAPES = [(1,), (7,), (8,), (9,), (3, 5), (16, 17), (0,), (4, 0), (2, 3, 3, 3), (1, 1, 65)]
 UINT8 = torch.zeros(1, dtype=torch.uint8)

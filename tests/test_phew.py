@@ -60,6 +60,23 @@ def test_effective_is_direct_density_and_the_model_is_untouched():
     assert f"2^{found['log2_path_kernel_trace']:.4g}" in str(report)
 
 
+def test_the_report_says_how_often_units_are_visited():
+    model, x = models.resnet20(), torch.ones(1, 3, 32, 32)
+    for kept in pp.prune(model, pp.PHEW(), density=[0.05, 0.01], example_input=x):
+        visits, walks = kept.metadata["findings"]["unit_visits"], kept.metadata["findings"]["walks"]
+        assert set(visits) == set(kept)
+        head = next(name for name in kept if kept[name].dim() == 2)
+        assert visits[head][1] * len(kept[head]) == walks  # every walk begins or ends there
+        for name, width in kept.widths().items():
+            least, mean = visits[name]
+            assert (least > 0) == (width.live_rows == width.rows)
+            assert least <= mean
+            assert mean * width.rows >= kept.counts()[name].kept
+        assert f"{visits[head][1]:,.4g}, {visits[head][0]:,}" in str(kept.report())
+    assert "unit_visits" not in pp.prune(net(), pp.PHEW(), density=1.0, example_input=X).metadata["findings"]
+    assert "visits" not in str(pp.prune(net(), pp.Magnitude(), density=0.5, example_input=X).report())
+
+
 def test_the_seed_alone_decides():
     first = pp.prune(net(), pp.PHEW(), density=0.1, example_input=X, seed=1)
     torch.manual_seed(99)

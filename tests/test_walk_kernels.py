@@ -59,6 +59,88 @@ def test_steps(step: Step, device: torch.device) -> None:
         both(given, power, step.to_rows)
 
 
+@dataclass(frozen=True)
+class Field:
+    """A step over units and positions; a warp takes a walker, and 32 entries of candidates at a time."""
+
+    name: str
+    shape: tuple[int, int, int, int]
+    to_rows: bool
+    near: int = 5  # positions
+    far: int = 7
+    kind: str = "plain"
+    dtype: torch.dtype = torch.float32
+    power: int = 1
+    walkers: int = 200
+
+
+FIELDS = [
+    Field("float32", (1, 40, 30, 9), True, power=2),
+    Field("bfloat16", (2, 6, 10, 9), False, dtype=torch.bfloat16),
+    Field("float16", (1, 33, 8, 4), True, dtype=torch.float16, power=-1),
+    Field("float64", (1, 21, 9, 3), False, kind="spread", dtype=torch.float64),
+    Field("zeros", (1, 24, 16, 2), True, kind="zeros", power=0),
+    Field("one_warp", (1, 32, 4, 1), True, near=1, far=1),
+    Field("a_warp_and_one", (1, 33, 4, 1), True, near=1, far=1),
+    Field("one_choice", (1, 1, 1, 1), True, near=1, far=1),
+    Field("long", (1, 2, 3001, 1), False, near=1, far=1, walkers=70),
+    Field("no_candidates", (1, 0, 3, 2), True, walkers=9),
+    Field("no_walkers", (1, 4, 3, 2), True, walkers=0),
+]
+
+
+def in_field(case: Field) -> dict[str, Tensor]:
+    made = torch.Generator().manual_seed(sum(case.shape))
+    given = sample(case.shape, case.dtype, case.kind, case.to_rows, case.walkers)
+    groups, rows, columns, entries = case.shape
+    flow = torch.rand(groups * (rows if case.to_rows else columns), case.far, generator=made, dtype=torch.float64)
+    flow = flow * torch.exp2(torch.randint(-30, 30, flow.shape, generator=made).double())
+    flow[torch.rand(flow.shape, generator=made) < 0.2] = 0
+    leads_to = torch.randint(-1, case.far, (case.near, entries), generator=made)
+    leads_to[-1] = -1 if case.near > 1 else 0  # from the last position nothing leads on
+    positions = torch.randint(0, case.near, (case.walkers,), generator=made)
+    kept = {name: given[name] for name in ("weight", "units", "walks")}
+    return {**kept, "positions": positions, "flow": flow, "leads_to": leads_to}
+
+
+@pytest.mark.parametrize("case", FIELDS, ids=lambda case: case.name)
+def test_steps_in_a_field(case: Field, device: torch.device) -> None:
+    given = {name: value.to(device) for name, value in in_field(case).items()}
+    got = walk_ops.walk_field_step(**given, to_rows=case.to_rows, seed=4, step=9, power=case.power)
+    names = ("weight", "units", "positions", "walks", "flow", "leads_to")
+    wanted = walk_reference.walk_field_step(*(given[name] for name in names), case.power, case.to_rows, 4, 9)
+    for a, b in zip(got, wanted, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_places_outside_a_field_are_refused(device: torch.device) -> None:
+    given = {name: value.to(device) for name, value in in_field(FIELDS[0]).items()}
+
+    def refused(name: str, place: int, value: int, message: str) -> None:
+        changed = given[name].clone()
+        changed.view(-1)[place] = value
+        values = {**given, name: changed}
+        names = ("weight", "units", "positions", "walks", "flow", "leads_to")
+        with pytest.raises(ValueError, match=f"walk_field_step: {message}$"):
+            torch.ops.pathprune.walk_field_step(*(values[n] for n in names), 1, True, 0, 0)
+
+    refused("units", 150, 30, "units: wanted 0 to 29, got 30")
+    refused("positions", 199, -2, "positions: wanted 0 to 4, got -2")
+    refused("leads_to", 44, 7, "leads_to: wanted positions below 7, got 7")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(2, 70, 5, 9), (1, 3, 300, 1), (1, 0, 2, 3), (1, 4, 4, 25)])
+def test_masses(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    for kind in ("gains", "spread", "zeros"):
+        made = sample(shape, dtype, kind, True, 0) if shape[1] else {"weight": torch.ones(shape), "valid": None}
+        weight, valid = made["weight"].to(device), made["valid"]
+        valid = valid if valid is None else valid.to(device)
+        for power in (1, 2, 0, -1):
+            got = walk_ops.walk_mass(weight, valid, power)
+            assert torch.equal(got, walk_reference.walk_mass(weight, valid, power))
+
+
 def test_rows_of_equal_weights(device: torch.device) -> None:
     """Sums that are powers of two, where a scale changes; then all but one weight as small as can be."""
     for count in (1, 2, 3, 64, 65):

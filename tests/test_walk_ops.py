@@ -59,6 +59,24 @@ def test_a_step_is_that_of_the_definition(dtype, shape, kind, device):
             both({k: v if v is None else v.to(device) for k, v in made.items()}, power, to_rows)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("columns", [5, 33, 130])
+def test_rows_with_halves_and_tiny_weights(dtype, columns):
+    """Beside a weight of 1 the others scale to k + 1/2, to the number below that, and to nothing."""
+    bits = 62 - (columns - 1).bit_length()
+    half = 2.0 ** -(bits + 1)
+    below = float(torch.nextafter(torch.tensor(half, dtype=dtype), torch.tensor(0.0, dtype=dtype)))
+    smallest = float(torch.tensor(2.0 ** (-149 if dtype == torch.float32 else -1074), dtype=dtype))
+    row = torch.tensor([half, below, 3 * half, 5 * half, smallest], dtype=dtype).repeat(columns // 5 + 1)[:columns]
+    row[columns // 2] = 1.0
+    assert not torch.equal(walk_reference.fixed_rows(row[None].double()), torch.zeros(1, columns, dtype=torch.int64))
+    for scale in (1.0, 2.0**-100, 2.0**60):
+        made = {"weight": (row * scale)[None, None, :, None], "units": torch.zeros(2000, dtype=torch.int64)}
+        made |= {"walks": torch.arange(2000), "gain": None, "valid": None}
+        both(made, 1, False)
+        both({**made, "weight": made["weight"].transpose(1, 2).contiguous()}, 1, True)
+
+
 def test_the_definition_is_the_smallest_index_whose_cdf_exceeds_the_word():
     weight = torch.randn(1, 9, 6, 1, dtype=torch.float64)
     units, walks = torch.arange(6).repeat(50), torch.arange(300)

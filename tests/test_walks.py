@@ -102,6 +102,31 @@ def test_a_batch_of_walks_is_what_a_literal_walker_does(kind, rule):
         assert sorted(place for place in batch[row].tolist() if place >= 0) == wanted
 
 
+@pytest.mark.parametrize("keep_kernels", [False, True])
+@pytest.mark.parametrize("kind", ["kinds", "sequence"])
+def test_visits_are_those_of_literal_walks(kind, keep_kernels, monkeypatch):
+    net = network(kind)
+    walks = Walks(net, net.prunable, WalkRule(), seed=2, keep_kernels=keep_kernels, count_visits=True)
+    visited: dict[str, list[int]] = {name: [] for name in net.prunable}
+    step = walk_oracle.step
+
+    def noted(walks: Walks, k: int, unit: int, number: int, ahead: bool) -> tuple[str, int, int]:
+        name, flat, reached = step(walks, k, unit, number, ahead)
+        visited[name].append(reached if ahead else unit)
+        return name, flat, reached
+
+    monkeypatch.setattr(walk_oracle, "step", noted)
+    targets, done = [30, 120], 0
+    for found in walks.until(targets):
+        for number in range(done, found.walks):
+            walk_oracle.walk(walks, number)
+        done = found.walks
+        for name, counts in found.visits.items():
+            units = torch.tensor(visited[name], dtype=torch.int64)
+            assert torch.equal(counts, torch.bincount(units, minlength=len(counts)))
+    assert Walks(net, net.prunable, WalkRule()).until([5])[0].visits == {}
+
+
 def test_the_mask_is_that_of_the_sequential_rule():
     net = network("kinds")
     walks = Walks(net, net.prunable, WalkRule(), seed=1)

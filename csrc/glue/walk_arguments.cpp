@@ -91,17 +91,20 @@ WalkField WalkFieldArguments::field(int64_t* next_position) const {
 void WalkFieldArguments::check_positions() const {
   const WalkField field = this->field(nullptr);
   for (int64_t i = 0; i < positions_.numel(); ++i) {
-    if (field.at[i] < 0 || field.at[i] >= leads_to_.size(0)) {
-      refuse(op_, "positions", "0 to " + std::to_string(leads_to_.size(0) - 1),
-             std::to_string(field.at[i]));
-    }
+    if (field.at[i] < 0 || field.at[i] >= places()) refuse_position(field.at[i]);
   }
   for (int64_t i = 0; i < leads_to_.numel(); ++i) {
-    if (field.position[i] >= field.positions) {
-      refuse(op_, "leads_to", "positions below " + std::to_string(field.positions),
-             std::to_string(field.position[i]));
-    }
+    if (field.position[i] >= field.positions) refuse_lead(field.position[i]);
   }
+}
+
+void WalkFieldArguments::refuse_position(int64_t position) const {
+  refuse(op_, "positions", "0 to " + std::to_string(places() - 1), std::to_string(position));
+}
+
+void WalkFieldArguments::refuse_lead(int64_t position) const {
+  refuse(op_, "leads_to", "positions below " + std::to_string(flow_.size(1)),
+         std::to_string(position));
 }
 
 WalkChooseArguments::WalkChooseArguments(const Tensor& cdf, const Tensor& row_start,

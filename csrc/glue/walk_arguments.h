@@ -42,6 +42,9 @@ class WalkFieldArguments {
   WalkField field(int64_t* next_position) const;
   // Refuses positions that there are not. On the host only.
   void check_positions() const;
+  [[noreturn]] void refuse_position(int64_t position) const;
+  [[noreturn]] void refuse_lead(int64_t position) const;
+  int64_t places() const { return leads_to_.size(0); }
 
  private:
   const char* op_;

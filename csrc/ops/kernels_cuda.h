@@ -141,6 +141,31 @@ cudaError_t count_walkers_at_units(const WalkMatrix& m, const Walkers& walkers, 
 cudaError_t move_counted_walkers(const WalkMatrix& m, const WalkRule& rule, const Walkers& walkers,
                                  void* workspace, cudaStream_t stream);
 
+// ---- walk_field.cu ------------------------------------------------------------------------------
+
+cudaError_t sum_walk_kernels(const WalkMatrix& m, const WalkRule& rule,
+                             double* mass,  // [G, R, C]
+                             cudaStream_t stream);
+
+struct FieldSizes {
+  int64_t walkers;
+  int64_t units;   // of the matrix
+  int64_t places;  // positions on the side of the walkers
+  int64_t leads;   // places times entries
+};
+
+struct FieldRefusals {     // each counted from the end; 0: none
+  int64_t unit, position;  // of walkers
+  int64_t lead;
+};
+
+cudaError_t check_field_places(const WalkField& field, const FieldSizes& sizes,
+                               const int64_t* units,  // [walkers]
+                               FieldRefusals* found, cudaStream_t stream);
+// For places that were found to be there.
+cudaError_t move_walkers_in_field(const WalkMatrix& m, const WalkRule& rule, const WalkField& field,
+                                  const Walkers& walkers, cudaStream_t stream);
+
 // ---- walk_mark.cu -------------------------------------------------------------------------------
 
 struct ChoiceRefusals {

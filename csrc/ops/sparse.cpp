@@ -4,6 +4,7 @@
 #include "ops/sparse.h"
 
 #include <algorithm>
+#include <vector>
 
 #include "glue/cpu.h"
 #include "glue/cpu_ops.h"
@@ -108,19 +109,97 @@ Kernel check_kernel(const char* op, int64_t code, int64_t positions) {
   return static_cast<Kernel>(code);
 }
 
+bool is_by_bits(const Pattern& w, int64_t stored, double from) {
+  return static_cast<double>(stored) >= from * static_cast<double>(w.groups * w.rows * w.columns);
+}
+
 template <typename A>
 void multiply_one(const Pattern& w, const A* values, int64_t stored, const Tensor& x, Kernel kernel,
                   const Tensor& y) {
   const auto kernels = PP_BY_ISA(sparse_kernels<A>)();
   const Tensor flow = padded_flow(torch::stable::contiguous(x), 1, w.words * kWordColumns);
-  const double all = static_cast<double>(w.groups * w.rows * w.columns);
-  const bool expands =
-      kernel == kExpand ||
-      (kernel == kChosen && !w.order && static_cast<double>(stored) >= kernels.expand_from * all);
+  const bool expands = kernel == kExpand || (kernel == kChosen && !w.order &&
+                                             is_by_bits(w, stored, kernels.expand_from));
   const auto multiply = expands ? kernels.expand : kernels.gather;
   for_rows(w, 1, [&](const Rows& rows, int64_t) {
     multiply(w, rows, values, data_of<A>(flow) + rows.group * w.words * kWordColumns,
              data_of<A>(y) + rows.group * w.rows);
+  });
+}
+
+// Calls visit(group, first word, last word) for the columns of every group, a part for each thread.
+template <typename Visit>
+void for_words(const Pattern& w, const Visit& visit) {
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t words = std::max<int64_t>(ceil_divide(w.words, threads), 1);
+  const int64_t parts = ceil_divide(w.words, words);
+  in_parts(w.groups * parts, 1, [&](int64_t i, int64_t) {
+    const int64_t first = i % parts * words;
+    visit(i / parts, first, std::min(w.words, first + words));
+  });
+}
+
+// The transposed product for one position, without the transpose: every thread takes some columns,
+// whose sums it forms row by row.
+template <typename A>
+void multiply_one_transposed(const Pattern& w, const A* values, int64_t stored, const Tensor& g,
+                             const Tensor& y) {
+  const auto kernels = PP_BY_ISA(sparse_kernels<A>)();
+  const bool by_bits = is_by_bits(w, stored, kernels.update_from);
+  const Tensor flow = torch::stable::contiguous(g);
+  for_words(w, [&](int64_t group, int64_t first, int64_t last) {
+    std::vector<A> sums((last - first) * kLanes);
+    kernels.spread(w, group, first, last, by_bits, values, data_of<A>(flow) + group * w.rows,
+                   sums.data());
+    const int64_t begin = first * kLanes, end = std::min(w.columns, last * kLanes);
+    std::copy_n(sums.data(), end - begin, data_of<A>(y) + group * w.columns + begin);
+  });
+}
+
+// A flow of up to kFewPositions in panels [units, 8], one for each group.
+template <typename A>
+class FewPanels {
+ public:
+  explicit FewPanels(const Tensor& flow)
+      : units_(flow.size(2)),
+        data_(new_tensor(flow, {flow.size(0), units_, kFewPositions}, flow.scalar_type())) {
+    const auto kernels = PP_BY_ISA(sparse_kernels<A>)();
+    const auto strides = flow.strides();
+    const auto* from = static_cast<const A*>(flow.const_data_ptr());
+    for (int64_t group = 0; group < flow.size(0); ++group) {
+      const Strided<const A> x = {from + group * strides[0], strides[1], strides[2]};
+      kernels.pack_few(x, flow.size(1), units_, data_of<A>(data_) + group * units_ * kFewPositions);
+    }
+  }
+
+  const A* at(int64_t group) const { return data_of<A>(data_) + group * units_ * kFewPositions; }
+
+ private:
+  int64_t units_;
+  Tensor data_;
+};
+
+bool is_few(int64_t positions) { return positions > 1 && positions <= kFewPositions; }
+
+template <typename A>
+void multiply_few(const Pattern& w, const A* values, const Tensor& x, const Tensor& y) {
+  const auto kernels = PP_BY_ISA(sparse_kernels<A>)();
+  const FewPanels<A> panels(x);
+  const int64_t positions = x.size(1);
+  for_rows(w, 1, [&](const Rows& rows, int64_t) {
+    kernels.multiply_few(w, rows, values, panels.at(rows.group), positions,
+                         data_of<A>(y) + rows.group * positions * w.rows);
+  });
+}
+
+template <typename A>
+void multiply_few_transposed(const Pattern& w, const A* values, const Tensor& g, const Tensor& y) {
+  const auto kernels = PP_BY_ISA(sparse_kernels<A>)();
+  const FewPanels<A> panels(g);
+  const int64_t positions = g.size(1);
+  for_words(w, [&](int64_t group, int64_t first, int64_t last) {
+    kernels.spread_few(w, group, first, last, values, panels.at(group), positions,
+                       data_of<A>(y) + group * positions * w.columns);
   });
 }
 
@@ -262,8 +341,15 @@ Tensor sparse_matmul(const Tensor& values, const Tensor& x, int64_t f, bool tran
   by_type(type, [&]<typename A>(A) {
     const Tensor mapped = mapped_values<A>(stored, storage, map, pattern.stored());
     const auto* data = static_cast<const A*>(mapped.const_data_ptr());
-    if (positions == 1 && chosen != kLanesOfPositions) {
-      multiply_one(w, data, pattern.stored(), x, chosen, y);
+    const int64_t entries = pattern.stored();
+    if (t && positions == 1 && chosen == kChosen && columns <= kIndexedColumns) {
+      multiply_one_transposed(pattern.view(), data, entries, x, y);
+    } else if (positions == 1 && chosen != kLanesOfPositions) {
+      multiply_one(w, data, entries, x, chosen, y);
+    } else if (is_few(positions) && !t) {
+      multiply_few(w, data, x, y);
+    } else if (is_few(positions) && columns <= kIndexedColumns) {
+      multiply_few_transposed(pattern.view(), data, x, y);
     } else {
       multiply_many(w, data, x, y);
     }
@@ -292,6 +378,23 @@ Tensor sparse_sample(const Tensor& x, const Tensor& g, const Tensor& layout,
   const Tensor sums = new_tensor(x, {pattern.stored()}, type);
   by_type(type, [&]<typename A>(A) {
     const auto kernels = PP_BY_ISA(sparse_kernels<A>)();
+    if (x.size(1) == 1 && columns <= kIndexedColumns) {
+      const Tensor flow = padded_flow(torch::stable::contiguous(x), 1, w.words * kWordColumns);
+      const Tensor at = torch::stable::contiguous(g);
+      const bool by_bits = is_by_bits(w, pattern.stored(), kernels.update_from);
+      for_rows(w, 1, [&](const Rows& rows, int64_t) {
+        kernels.outer(w, rows, by_bits, data_of<A>(flow) + rows.group * w.words * kWordColumns,
+                      data_of<A>(at) + rows.group * w.rows, data_of<A>(sums));
+      });
+      return;
+    }
+    if (is_few(x.size(1))) {
+      const FewPanels<A> from(x), at(g);
+      for_rows(w, 1, [&](const Rows& rows, int64_t) {
+        kernels.sample_few(w, rows, from.at(rows.group), at.at(rows.group), data_of<A>(sums));
+      });
+      return;
+    }
     const Panels<A> from(x, kernels.most_vectors), at(g, kernels.most_vectors);
     for_rows(w, 1, [&](const Rows& rows, int64_t) {
       for (int64_t panel = 0; panel < from.count(); ++panel) {

@@ -40,6 +40,9 @@ struct Strided {
 // What one call of a kernel takes at most: its sums lie on the stack.
 inline constexpr int64_t kSparseRows = 256;
 
+// Up to so many positions share a vector of eight lanes.
+inline constexpr int64_t kFewPositions = 8;
+
 // A panel is a part of a flow with positions side by side, [units, 16 * vectors], zero behind the
 // last position. A flow is cut into panels that lie one behind the other.
 template <typename A>
@@ -56,12 +59,30 @@ struct SparseKernels {
   // The same for one position: by the columns of the entries, or by the mask bits.
   void (*gather)(const Pattern& w, const Rows& rows, const A* values, const A* x, A* y);
   void (*expand)(const Pattern& w, const Rows& rows, const A* values, const A* x, A* y);
-  // Shares of live entries from which on the latter is faster.
-  double expand_from;
+  // The transposed product for one position, words first_word .. last_word - 1 of y [columns],
+  // padded to whole words: y[c] = sum_r g[r] w[r, c]. At most 2^16 columns; no `order`.
+  void (*spread)(const Pattern& w, int64_t group, int64_t first_word, int64_t last_word,
+                 bool by_bits, const A* values, const A* g, A* y);
+  // Shares of live entries from which on the mask bits are faster than the columns: for `expand`,
+  // and for `spread` and `outer`, which also write.
+  double expand_from, update_from;
   // sums[i] (+)= sum_t g[t, r] x[t, c] over the positions of a panel, for the entries i of the
   // rows.
   void (*sample)(const Pattern& w, const Rows& rows, const A* x_panel, const A* g_panel,
                  int vectors, bool add, A* sums);
+  // The same for one position: products[i] = g[r] x[c], x padded to whole words, at most 2^16
+  // columns.
+  void (*outer)(const Pattern& w, const Rows& rows, bool by_bits, const A* x, const A* g,
+                A* products);
+  // The same for up to kFewPositions, by panels [units, 8] that pack_few makes; y points at what a
+  // group has, [positions, rows] or [positions, columns]. At most 2^16 columns for spread_few.
+  void (*pack_few)(const Strided<const A>& x, int64_t positions, int64_t units, A* panel);
+  void (*multiply_few)(const Pattern& w, const Rows& rows, const A* values, const A* panel,
+                       int64_t positions, A* y);
+  void (*spread_few)(const Pattern& w, int64_t group, int64_t first_word, int64_t last_word,
+                     const A* values, const A* g_panel, int64_t positions, A* y);
+  void (*sample_few)(const Pattern& w, const Rows& rows, const A* x_panel, const A* g_panel,
+                     A* sums);
   // Writes the rows out, with zeros where nothing is stored; `size` bytes a value.
   void (*scatter)(const Pattern& w, const Rows& rows, int64_t size, const void* values,
                   void* dense);

@@ -5,50 +5,19 @@
 // the panel that a tile needs stays in the cache while all rows of the block pass by.
 
 #include "ops/lane_shuffle.h"
+#include "ops/lane_sparse_few.h"
 #include "ops/lane_sweep.h"
 #include "ops/sparse.h"
 
 namespace pathprune::PATHPRUNE_ISA {
 namespace {
 
-// Of a panel, per tile: what the second cache holds beside the entries.
-constexpr int64_t kTileBytes = 256 << 10;
 // Sums of a row stay in registers: of twelve vectors besides what is loaded, up to eight positions'
 // worth of sixteen.
 template <typename A>
 constexpr int kMostVectors = std::clamp(12 / Lanes<A>::kParts, 1, 8);
 
-// So much of a panel lies in the first cache; entries of a row in a tile that are too few, for the
-// branches that end them are not foreseen, are worth a tile of the second.
-constexpr int64_t kSmallTileBytes = 32 << 10;
-
-// Columns of a tile where one takes so many bytes of a panel: a power of two, so that in no tile an
-// index modulo 2^16 wraps.
-PP_INLINE int64_t tile_columns(const Pattern& w, const Rows& rows, int64_t column_bytes,
-                               int64_t least_entries) {
-  const int64_t first = w.flat_row(rows), count = rows.end - rows.begin;
-  const int64_t entries = w.row_start[first + count] - w.row_start[first];
-  int64_t columns = 64;
-  while (columns < kIndexedColumns) {
-    const int64_t bytes = 2 * columns * column_bytes;
-    const bool is_short = entries * columns < least_entries * count * w.columns;
-    if (bytes > (is_short ? kTileBytes : kSmallTileBytes)) break;
-    columns *= 2;
-  }
-  return columns;
-}
-
 constexpr int64_t whole_lanes(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
-
-// a * b + c
-template <typename A>
-PP_INLINE A fused_one(A a, A b, A c) {
-#if defined(__FMA__)
-  return sizeof(A) == 4 ? A(__builtin_fmaf(a, b, c)) : A(__builtin_fma(a, b, c));
-#else
-  return a * b + c;
-#endif
-}
 
 // Calls function<kVectors>() for the number of vectors.
 template <int kMost, typename Function>
@@ -58,61 +27,6 @@ PP_INLINE void by_vectors(int vectors, const Function& function) {
   }
   function.template operator()<kMost>();
 }
-
-// The entries of some rows of a pattern, tile after tile.
-class Entries {
- public:
-  Entries(const Pattern& w, const Rows& rows, int64_t tile_columns, const void* values = nullptr)
-      : w_(w),
-        values_(values),
-        first_(w.flat_row(rows)),
-        count_(rows.end - rows.begin),
-        columns_(tile_columns) {
-    for (int64_t i = 0; i < count_; ++i) next_[i] = w.row_start[first_ + i];
-  }
-
-  // Calls visit(tile's first column, row of the block, entries begin .. end - 1).
-  template <typename Visit>
-  PP_INLINE void visit(const Visit& visit) {
-    for (int64_t column = 0; column < w_.columns; column += columns_) {
-      const bool is_last = column + columns_ >= w_.columns;
-      const int64_t words = columns_ / kLanes;
-      const uint16_t* layout = w_.layout + first_ * w_.words + column / kLanes;
-      for (int64_t i = 0; i < count_; ++i, layout += w_.words) {
-        const int64_t begin = next_[i];
-        const int64_t end =
-            is_last ? w_.row_start[first_ + i + 1] : begin + sweeping::count_bits(layout, words);
-        next_[i] = end;
-        if (values_) prefetch(i);
-        visit(column, i, begin, end);
-      }
-    }
-  }
-
- private:
-  static constexpr int64_t kRowsAhead = 4, kValuesAhead = 24;
-
-  // The entries of a row in a tile are too few for the processor to foresee the next, and values in
-  // another order lie anywhere.
-  PP_INLINE void prefetch(int64_t i) const {
-    const int64_t entry = next_[std::min(i + kRowsAhead, count_ - 1)];
-    __builtin_prefetch(w_.index + entry);
-    __builtin_prefetch(w_.index + entry + 32);
-    const auto* words = static_cast<const int32_t*>(w_.order ? w_.order : values_);
-    for (int k = 0; k < 64; k += 16) __builtin_prefetch(words + entry + k);
-    if (!w_.order) return;
-    const int64_t begin = next_[std::min(i + 1, count_ - 1)];
-    const int64_t end = std::min(begin + kValuesAhead, w_.row_start[w_.groups * w_.rows]);
-    for (int64_t k = begin; k < end; ++k) {
-      __builtin_prefetch(static_cast<const int32_t*>(values_) + w_.order[k]);
-    }
-  }
-
-  const Pattern& w_;
-  const void* values_;
-  const int64_t first_, count_, columns_;
-  int64_t next_[kSparseRows];
-};
 
 // ---- values and panels --------------------------------------------------------------------------
 
@@ -259,100 +173,6 @@ void multiply(const Pattern& w, const Rows& rows, const A* values, const A* pane
   });
 }
 
-// ---- the same for one position ------------------------------------------------------------------
-
-#if PP_AVX512
-template <bool kOrdered>
-PP_INLINE float gather_row(const Pattern& w, const float* values, const float* x, int64_t begin,
-                           int64_t end) {
-  __m512 sums[2] = {};
-  const auto add = [&](int64_t i, __mmask16 live, int k) __attribute__((always_inline)) {
-    const __m512 none = _mm512_setzero_ps();
-    const __m512i at = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(live, w.index + i));
-    __m512 value;
-    if constexpr (kOrdered) {
-      const __m512i order = _mm512_maskz_loadu_epi32(live, w.order + i);
-      value = _mm512_mask_i32gather_ps(none, live, order, values, 4);
-    } else {
-      value = _mm512_maskz_loadu_ps(live, values + i);
-    }
-    sums[k] = _mm512_fmadd_ps(value, _mm512_mask_i32gather_ps(none, live, at, x, 4), sums[k]);
-  };
-  int64_t i = begin;
-  for (; i + 32 <= end; i += 32) {
-    add(i, 0xFFFF, 0);
-    add(i + 16, 0xFFFF, 1);
-  }
-  for (; i < end; i += 16) add(i, static_cast<__mmask16>(first_lanes(end - i)), 0);
-  Lanes<float> total;
-  total.part[0] = sums[0] + sums[1];
-  return sum(total);
-}
-#endif
-
-template <bool kOrdered, typename A>
-PP_INLINE A gather_row(const Pattern& w, const A* values, const A* x, int64_t begin, int64_t end) {
-  constexpr int kChains = 8;
-  A sums[kChains] = {};
-  int64_t i = begin;
-  for (; i + kChains <= end; i += kChains) {
-#pragma GCC unroll 8
-    for (int k = 0; k < kChains; ++k) {
-      sums[k] = fused_one(values[kOrdered ? w.order[i + k] : i + k], x[w.index[i + k]], sums[k]);
-    }
-  }
-  for (int k = 0; i < end; ++i, ++k) {
-    sums[k] = fused_one(values[kOrdered ? w.order[i] : i], x[w.index[i]], sums[k]);
-  }
-  fold<kChains / 2>(sums);
-  return sums[0];
-}
-
-template <typename A>
-void gather(const Pattern& w, const Rows& rows, const A* values, const A* x, A* y) {
-  std::fill(y + rows.begin, y + rows.end, A(0));
-  Entries entries(w, rows, kIndexedColumns);
-  entries.visit(
-      [&](int64_t column, int64_t i, int64_t begin, int64_t end) __attribute__((always_inline)) {
-        y[rows.begin + i] += w.order ? gather_row<true>(w, values, x + column, begin, end)
-                                     : gather_row<false>(w, values, x + column, begin, end);
-      });
-}
-
-// x is padded to whole words. The last values are not read by the vector, for nothing may lie
-// behind them.
-template <typename A>
-void expand(const Pattern& w, const Rows& rows, const A* values, const A* x, A* y) {
-  const int64_t first = w.flat_row(rows), stored = w.row_start[w.groups * w.rows];
-  for (int64_t i = 0; i < rows.end - rows.begin; ++i) {
-    const int64_t begin = w.row_start[first + i], end = w.row_start[first + i + 1];
-    if (w.order || end + kLanes > stored) {
-      gather(w, Rows{rows.group, rows.begin + i, rows.begin + i + 1}, values, x, y);
-      continue;
-    }
-    constexpr int kChains = 4, kFloatsAhead = 1024;
-    Lanes<A> sums[kChains] = {};
-    const A* value = values + begin;
-    const uint16_t* layout = w.layout + (first + i) * w.words;
-    const auto add = [&](int64_t word, int chain) __attribute__((always_inline)) {
-      const Lanes<A> wide = pathprune::PATHPRUNE_ISA::expand(layout[word], value);
-      const Lanes<A> flow = load(x + word * kLanes);
-      for (int p = 0; p < Lanes<A>::kParts; ++p) {
-        sums[chain].part[p] = fused<A>(wide.part[p], flow.part[p], sums[chain].part[p]);
-      }
-      __builtin_prefetch(value + kFloatsAhead);
-      value += __builtin_popcount(layout[word]);
-    };
-    int64_t word = 0;
-    for (; word + kChains <= w.words; word += kChains) {
-#pragma GCC unroll 4
-      for (int chain = 0; chain < kChains; ++chain) add(word + chain, chain);
-    }
-    for (; word < w.words; ++word) add(word, 0);
-    y[rows.begin + i] = sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
-  }
-}
-
 // ---- x^T g at the entries -----------------------------------------------------------------------
 
 template <typename A, int kVectors>
@@ -416,15 +236,16 @@ void scatter(const Pattern& w, const Rows& rows, int64_t size, const void* value
   }
 }
 
-// Without an instruction that expands there is no such share.
-constexpr double kExpandFrom = PP_AVX512 ? 0.15 : 2;
+// Without an instruction that expands there are no such shares.
+constexpr double kExpandFrom = PP_AVX512 ? 0.15 : 2, kUpdateFrom = PP_AVX512 ? 0.25 : 2;
 
 }  // namespace
 
 template <typename A>
 SparseKernels<A> sparse_kernels() {
-  return {kMostVectors<A>, map<A>,      pack<A>,   multiply<A>, gather<A>,
-          expand<A>,       kExpandFrom, sample<A>, scatter};
+  return {kMostVectors<A>, map<A>,        pack<A>,       multiply<A>, gather<A>, expand_rows<A>,
+          spread<A>,       kExpandFrom,   kUpdateFrom,   sample<A>,   outer<A>,  pack_few<A>,
+          multiply_few<A>, spread_few<A>, sample_few<A>, scatter};
 }
 template SparseKernels<float> sparse_kernels<float>();
 template SparseKernels<double> sparse_kernels<double>();

@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "core/lanes.h"
+#include "ops/lane_shuffle.h"
 #include "ops/walk_kernels.h"
 
 namespace pathprune::PATHPRUNE_ISA {
@@ -16,23 +17,16 @@ namespace {
 constexpr int kBatch = 32;  // searches at once
 
 #if PP_AVX512
-// scaled_integer of eight weights. Shifts of 64 and more give 0, as they should.
-PP_INLINE __m512i scaled_integers(__m512d weights, int scale, int half_ulps) {
-  const __m512i one = _mm512_set1_epi64(1);
-  const __m512i bits = _mm512_castpd_si512(weights);
-  const __m512i exponent = _mm512_srli_epi64(bits, 52);
-  const __m512i fraction = _mm512_and_si512(bits, _mm512_set1_epi64((int64_t{1} << 52) - 1));
-  const __mmask8 is_normal = _mm512_test_epi64_mask(exponent, exponent);
-  const __m512i mantissa =
-      _mm512_mask_or_epi64(fraction, is_normal, fraction, _mm512_set1_epi64(int64_t{1} << 52));
-  const __m512i shift =
-      _mm512_add_epi64(_mm512_max_epi64(exponent, one), _mm512_set1_epi64(scale - 1075));
-  const __m512i right = _mm512_sub_epi64(_mm512_setzero_si512(), shift);
-  const __m512i half =
-      half_ulps ? _mm512_sllv_epi64(one, _mm512_sub_epi64(right, one)) : _mm512_setzero_si512();
-  const __m512i rounded = _mm512_srlv_epi64(_mm512_add_epi64(mantissa, half), right);
-  const __mmask8 goes_left = _mm512_cmpge_epi64_mask(shift, _mm512_setzero_si512());
-  return _mm512_mask_sllv_epi64(rounded, goes_left, mantissa, shift);
+// scaled_integer of eight weights: scaling by a power of two is exact, and so is what is cut off.
+template <bool kNearest>
+PP_INLINE __m512i scaled_integers(__m512d weights, __m512d scale) {
+  const __m512d scaled = _mm512_scalef_pd(weights, scale);
+  const __m512i whole = _mm512_cvttpd_epu64(scaled);
+  if constexpr (!kNearest) return whole;
+  constexpr int kTowardsZero = _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC;
+  const __m512d rest = scaled - _mm512_roundscale_pd(scaled, kTowardsZero);
+  const __mmask8 is_up = _mm512_cmp_pd_mask(rest, _mm512_set1_pd(0.5), _CMP_GE_OQ);
+  return _mm512_mask_add_epi64(whole, is_up, whole, _mm512_set1_epi64(1));
 }
 
 PP_INLINE __m512i prefix_sums(__m512i v) {
@@ -82,56 +76,104 @@ void fill_weights(const W* values, int64_t candidates, int64_t entries, const Wa
   }
 }
 
-double largest_of(const double* weights, int64_t count) {
+// The weights of a row: as they were made, or |w| of stored floats, which need not be made.
+struct MadeRow {
+  const double* weights;
+  PP_INLINE double at(int64_t i) const { return weights[i]; }
+#if PP_AVX512
+  PP_INLINE __m512d eight(int64_t i) const { return _mm512_loadu_pd(weights + i); }
+#endif
+};
+
+struct StoredRow {
+  const float* values;
+  PP_INLINE double at(int64_t i) const { return magnitude(static_cast<double>(values[i])); }
+#if PP_AVX512
+  PP_INLINE __m512d eight(int64_t i) const {
+    return _mm512_abs_pd(_mm512_cvtps_pd(_mm256_loadu_ps(values + i)));
+  }
+#endif
+};
+
+double largest_of(const MadeRow& row, int64_t count) {
   double lanes[16] = {};
   int64_t i = 0;
   for (; i + 16 <= count; i += 16) {
-    for (int k = 0; k < 16; ++k) lanes[k] = weights[i + k] > lanes[k] ? weights[i + k] : lanes[k];
+    for (int k = 0; k < 16; ++k) lanes[k] = row.at(i + k) > lanes[k] ? row.at(i + k) : lanes[k];
   }
   double largest = 0;
-  for (; i < count; ++i) largest = weights[i] > largest ? weights[i] : largest;
+  for (; i < count; ++i) largest = row.at(i) > largest ? row.at(i) : largest;
   for (double lane : lanes) largest = lane > largest ? lane : largest;
   return largest;
 }
 
-uint64_t sum_of_integers(const double* weights, int64_t count, int scale) {
+double largest_of(const StoredRow& row, int64_t count) {
+  float largest = 0;
+  int64_t i = 0;
+#if PP_AVX512
+  __m512 lanes[2] = {};
+  for (; i + 32 <= count; i += 32) {
+    for (int k = 0; k < 2; ++k) {
+      const __m512 w = _mm512_loadu_ps(row.values + i + 16 * k);
+      lanes[k] = _mm512_max_ps(lanes[k], _mm512_abs_ps(w));
+    }
+  }
+  largest = _mm512_reduce_max_ps(_mm512_max_ps(lanes[0], lanes[1]));
+#endif
+  for (; i < count; ++i) {
+    const float m = row.values[i] < 0 ? -row.values[i] : row.values[i];
+    largest = m > largest ? m : largest;
+  }
+  return static_cast<double>(largest);
+}
+
+template <typename Row>
+uint64_t sum_of_integers(const Row& row, int64_t count, int scale) {
   uint64_t sum = 0;
   int64_t i = 0;
 #if PP_AVX512
-  __m512i sums = _mm512_setzero_si512();
-  for (; i + 8 <= count; i += 8) {
-    sums = _mm512_add_epi64(sums, scaled_integers(_mm512_loadu_pd(weights + i), scale, 0));
+  const __m512d by = _mm512_set1_pd(scale);
+  __m512i sums[2] = {};
+  for (; i + 16 <= count; i += 16) {
+    for (int k = 0; k < 2; ++k) {
+      sums[k] = _mm512_add_epi64(sums[k], scaled_integers<false>(row.eight(i + 8 * k), by));
+    }
   }
-  sum = static_cast<uint64_t>(_mm512_reduce_add_epi64(sums));
+  sum = static_cast<uint64_t>(_mm512_reduce_add_epi64(_mm512_add_epi64(sums[0], sums[1])));
 #endif
-  for (; i < count; ++i) sum += scaled_integer(weights[i], scale, 0);
+  for (; i < count; ++i) sum += scaled_integer(row.at(i), scale, 0);
   return sum;
 }
 
 // Prefix sums of the weights' integers.
-void fill_prefix_sums(const double* weights, int64_t count, int scale, uint64_t* cdf) {
+template <typename Row>
+void fill_prefix_sums(const Row& row, int64_t count, int scale, uint64_t* cdf) {
   uint64_t sum = 0;
   int64_t i = 0;
 #if PP_AVX512
+  const __m512d by = _mm512_set1_pd(scale);
+  const __m512i last = _mm512_set1_epi64(7);
+  __m512i before = _mm512_setzero_si512();
   for (; i + 8 <= count; i += 8) {
-    const __m512i prefix = prefix_sums(scaled_integers(_mm512_loadu_pd(weights + i), scale, 1));
-    const __m512i sums = _mm512_add_epi64(prefix, _mm512_set1_epi64(static_cast<int64_t>(sum)));
-    _mm512_storeu_si512(cdf + i, sums);
-    sum = cdf[i + 7];
+    const __m512i own = prefix_sums(scaled_integers<true>(row.eight(i), by));
+    _mm512_storeu_si512(cdf + i, _mm512_add_epi64(own, before));
+    before = _mm512_add_epi64(before, _mm512_permutexvar_epi64(last, own));
   }
+  if (i) sum = cdf[i - 1];
 #endif
-  for (; i < count; ++i) cdf[i] = sum += scaled_integer(weights[i], scale, 1);
+  for (; i < count; ++i) cdf[i] = sum += scaled_integer(row.at(i), scale, 1);
 }
 
-// The CDF of scratch.weights, padded for `search`; false where all are 0.
-bool fill_cdf(int64_t count, const WalkScratch& scratch) {
-  const double largest = largest_of(scratch.weights, count);
+// The CDF of a row, padded for `search`; false where all weights are 0.
+template <typename Row>
+bool fill_cdf(const Row& row, int64_t count, uint64_t* cdf) {
+  const double largest = largest_of(row, count);
   if (largest == 0) return false;
   const int rough = rough_scale(count, exponent_of(largest));
-  const int scale = final_scale(count, rough, sum_of_integers(scratch.weights, count, rough));
-  fill_prefix_sums(scratch.weights, count, scale, scratch.cdf);
+  const int scale = final_scale(count, rough, sum_of_integers(row, count, rough));
+  fill_prefix_sums(row, count, scale, cdf);
   const uint64_t padded = std::bit_ceil(static_cast<uint64_t>(count));
-  for (uint64_t i = count; i < padded; ++i) scratch.cdf[i] = UINT64_MAX;
+  for (uint64_t i = count; i < padded; ++i) cdf[i] = UINT64_MAX;
   return true;
 }
 
@@ -142,6 +184,11 @@ bool fill_unit(const WalkMatrix& m, const WalkRule& rule, const void* values, in
   const int64_t count = m.candidates();
   const int64_t first_target = m.group_of(unit) * count;
   double* weights = scratch.weights;
+  if constexpr (std::is_same_v<W, float>) {
+    if (m.entries == 1 && rule.power == 1 && !rule.mass && !rule.gain && !rule.valid) {
+      if (fill_cdf(StoredRow{static_cast<const float*>(values)}, count, scratch.cdf)) return true;
+    }
+  }
   if (rule.mass) {
     std::memcpy(weights, values, count * sizeof(double));
   } else {
@@ -151,10 +198,10 @@ bool fill_unit(const WalkMatrix& m, const WalkRule& rule, const void* values, in
     const double* gain = rule.gain + first_target;
     for (int64_t i = 0; i < count; ++i) weights[i] = weights[i] * gain[i];
   }
-  if (fill_cdf(count, scratch)) return true;
+  if (fill_cdf(MadeRow{weights}, count, scratch.cdf)) return true;
   for (int64_t i = 0; i < count; ++i)
     weights[i] = uniform_weight(rule, first_target + i, m.entries);
-  return fill_cdf(count, scratch);
+  return fill_cdf(MadeRow{weights}, count, scratch.cdf);
 }
 
 // For each of a batch, the smallest index whose CDF exceeds its draw. `padded` is a power of two,
@@ -220,13 +267,15 @@ PP_INLINE int64_t draw_among_16(__m512d low, __m512d high, int64_t count, uint64
   const double largest = _mm512_reduce_max_pd(_mm512_max_pd(low, high));
   if (largest == 0) return -1;
   const int rough = rough_scale(count, exponent_of(largest));
-  const __m512i roughly =
-      _mm512_add_epi64(scaled_integers(low, rough, 0), scaled_integers(high, rough, 0));
+  const __m512d roughly_by = _mm512_set1_pd(rough);
+  const __m512i roughly = _mm512_add_epi64(scaled_integers<false>(low, roughly_by),
+                                           scaled_integers<false>(high, roughly_by));
   const int scale =
       final_scale(count, rough, static_cast<uint64_t>(_mm512_reduce_add_epi64(roughly)));
+  const __m512d by = _mm512_set1_pd(scale);
   const __m512i last = _mm512_set1_epi64(7);
-  const __m512i first = prefix_sums(scaled_integers(low, scale, 1));
-  const __m512i second = _mm512_add_epi64(prefix_sums(scaled_integers(high, scale, 1)),
+  const __m512i first = prefix_sums(scaled_integers<true>(low, by));
+  const __m512i second = _mm512_add_epi64(prefix_sums(scaled_integers<true>(high, by)),
                                           _mm512_permutexvar_epi64(last, first));
   const __m128i top = _mm512_extracti64x2_epi64(second, 3);
   const uint64_t draw = fixed_draw(word, static_cast<uint64_t>(_mm_extract_epi64(top, 1)));
@@ -259,14 +308,15 @@ PP_INLINE int64_t draw_kernel_entry(const W* kernel, int64_t count, const WalkRu
   double weights[kMost] = {};
   uint64_t cdf[kMost];
   fill_powered(kernel, count, rule, weights);
-  double largest = largest_of(weights, padded);
+  const MadeRow row = {weights};
+  double largest = largest_of(row, padded);
   if (largest == 0) {
     for (int64_t e = 0; e < count; ++e) weights[e] = rule.is_valid(e);
     largest = 1;
   }
   const int rough = rough_scale(count, exponent_of(largest));
-  const int scale = final_scale(count, rough, sum_of_integers(weights, padded, rough));
-  fill_prefix_sums(weights, padded, scale, cdf);
+  const int scale = final_scale(count, rough, sum_of_integers(row, padded, rough));
+  fill_prefix_sums(row, padded, scale, cdf);
   const uint64_t draw = fixed_draw(word, cdf[padded - 1]);
   int64_t passed = 0;
   for (int64_t e = 0; e < padded; ++e) passed += cdf[e] <= draw;
@@ -315,7 +365,7 @@ void move_in_field(const WalkMatrix& m, const WalkRule& rule, const WalkField& f
           field_weight(values[c * stride + e], rule.power, field, first_target + c, leads_to[e]);
     }
   }
-  if (!fill_cdf(candidates * entries, scratch)) {
+  if (!fill_cdf(MadeRow{scratch.weights}, candidates * entries, scratch.cdf)) {
     for (int64_t i = 0; i < count; ++i) {
       walkers.next[order[i]] = walkers.edge[order[i]] = field.next_position[order[i]] = -1;
     }
@@ -362,22 +412,28 @@ void field(const WalkMatrix& m, const WalkRule& rule, const WalkField& field,
   });
 }
 
-// Columns of single values, sixteen rows at a time: strided loads, whole lines stored.
+// Columns of single values: squares of a vector's width in registers, what is left value by value.
 template <typename W>
 void transpose_single(const W* from, int64_t rows, int64_t columns, int64_t count, W* to,
                       int64_t pitch) {
-  constexpr int64_t kRows = 16, kAhead = 2;
   int64_t row = 0;
-  for (; row + kRows <= rows; row += kRows) {
-    const W* block = from + row * columns;
-    for (int64_t r = 0; r < kRows; ++r) {
-      const W* next = block + (r + kAhead * kRows) * columns;
-      __builtin_prefetch(next);
-      __builtin_prefetch(next + count - 1);
-    }
-    for (int64_t c = 0; c < count; ++c) {
-      W* here = to + c * pitch + row;
-      for (int64_t r = 0; r < kRows; ++r) here[r] = block[r * columns + c];
+  if constexpr (std::is_floating_point_v<W>) {
+    constexpr int64_t kW = kWidth<W>, kAhead = 32;
+    for (; count % kW == 0 && row + kW <= rows; row += kW) {
+      const W* block = from + row * columns;
+      for (int64_t r = 0; r < kW; ++r) {
+        const W* next = block + (r + kAhead) * columns;
+        __builtin_prefetch(next);
+        __builtin_prefetch(next + count - 1);
+      }
+      for (int64_t c = 0; c < count; c += kW) {
+        Vector<W> v[kW];
+#pragma GCC unroll 16
+        for (int64_t r = 0; r < kW; ++r) v[r] = load_vector(block + r * columns + c);
+        transpose<W>(v);
+#pragma GCC unroll 16
+        for (int64_t r = 0; r < kW; ++r) store_vector(to + (c + r) * pitch + row, v[r]);
+      }
     }
   }
   for (; row < rows; ++row) {

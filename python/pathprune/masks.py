@@ -21,7 +21,6 @@ from torch.nn.utils import prune as torch_prune
 
 from pathprune import _mask_io as bits
 from pathprune._mask_io import Difference, Maintenance, MaskFileError, MaskMismatchError, listed
-from pathprune._mask_io import base_hash as base_hash  # prune records it in the metadata
 
 if TYPE_CHECKING:
     from .report import Report
@@ -485,6 +484,12 @@ class Masks(Mapping[str, Tensor]):
                 torch_prune.custom_from_mask(module, attribute, self.get(name, device=weight.device))
         return model
 
+    def with_biases(self, model: nn.Module) -> Masks:
+        """With a mask of each bias beside a masked weight: it stays if its unit keeps a weight. See `bias_masks`."""
+        from .bias_masks import with_biases
+
+        return with_biases(self, model)
+
     def report(self, model: Any = None, example_input: Any = None) -> Report:
         """What is left, as `prune` found it; with a model, or its `PathNetwork`, found anew. See `Report`."""
         from .report import Report
@@ -492,5 +497,4 @@ class Masks(Mapping[str, Tensor]):
         return Report.of(self, model, example_input)
 
     def __repr__(self) -> str:
-        kept, total = self.kept, self.total
-        return f"Masks({len(self)} layers, {kept:,} of {total:,} weights kept, density {self.density:.4g})"
+        return f"Masks({len(self)} layers, {self.kept:,} of {self.total:,} weights kept, density {self.density:.4g})"

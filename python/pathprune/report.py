@@ -177,6 +177,7 @@ class Report:
     Attributes:
         layers: one :class:`Layer` per mask.
         branches: one :class:`BranchLayers` per residual branch that was pruned.
+        biases: (kept, all) of the biases, where the masks have some; they count nowhere else.
         findings: what ``prune`` observed on the way: rounds, seconds, log2 R, ...
         metadata: the masks' metadata.
         log2_paths: log2 of the number of paths left, or None where the network is not known.
@@ -188,8 +189,10 @@ class Report:
         branches: list[BranchLayers],
         metadata: Mapping[str, Any],
         log2_paths: float | None,
+        biases: tuple[int, int] = (0, 0),
     ) -> None:
         self.layers, self.branches, self.metadata, self.log2_paths = layers, branches, metadata, log2_paths
+        self.biases = biases
         self.findings: Mapping[str, Any] = metadata.get("findings", {})
 
     @classmethod
@@ -206,9 +209,12 @@ class Report:
             log2_paths, found = counts.log2, Reach(counts.layers, counts.branches, {})
         elif "structure" in masks.metadata.get("findings", {}):
             found = Reach.from_dict(masks.metadata["findings"]["structure"])
-        layers = {}
+        layers, biases = {}, [0, 0]
         for name, (kept, total) in masks.counts().items():
             shape = tuple(masks.packed(name)[1])
+            if len(shape) == 1:
+                biases = [biases[0] + kept, biases[1] + total]
+                continue
             reached = None if found is None else found.layers.get(name, LayerReach(0, 0, 0, 0, 0))
             layers[name] = Layer(name, shape, total, kept, reached)
         branches = []
@@ -216,7 +222,7 @@ class Report:
             inside = tuple(layers[name] for name in branch.weights if name in layers)
             if inside:
                 branches.append(BranchLayers(branch, inside))
-        return cls(list(layers.values()), branches, masks.metadata, log2_paths)
+        return cls(list(layers.values()), branches, masks.metadata, log2_paths, (biases[0], biases[1]))
 
     # ------------------------------------------------------------------------------------------------ totals
 
@@ -281,6 +287,7 @@ class Report:
             "dead_layers": self.dead_layers,
             "collapsed_branches": self.collapsed_branches,
             "disconnected": self.disconnected,
+            **({"biases": self.biases[1], "kept_biases": self.biases[0]} if self.biases[1] else {}),
             "layers": [layer.as_dict() for layer in self.layers],
             "branches": [side.as_dict() for side in self.branches],
             "findings": findings,

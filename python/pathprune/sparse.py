@@ -288,6 +288,9 @@ def sparsify(
         path, weight = name.rpartition(".")[0], parameters[name]
         if mask.shape != weight.shape:
             refuse("sparsify", f"masks[{name!r}]", f"shape {list(weight.shape)}", mask)
+        if mask.dim() == 1:  # a bias
+            weight.detach().masked_fill_(~mask.to(weight.device), 0)
+            continue
         swap = _judge(name, model.get_submodule(path), mask, batches, min_speedup, prefer, holders[id(weight)])
         swaps.append(swap)
         if swap.swapped:

@@ -150,12 +150,12 @@ def _matmul_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_values = grad_x = None
     if ctx.needs_input_grad[0]:
         at_columns, at_rows = (grad, x) if ctx.transposed else (x, grad)  # [G, T, K], [G, T, O]
-        grad_values = _padded_to(_OPS["sparse_sample"](at_columns, at_rows, *pattern), values)
+        grad_values = _padded_to(_call("sparse_sample", at_columns, at_rows, *pattern), values)
         if ctx.f != WeightMap.IDENTITY:
             grad_values = grad_values * map_slope(values, ctx.f)
         grad_values = grad_values.to(values.dtype)
     if ctx.needs_input_grad[1]:
-        grad_x = _OPS["sparse_matmul"](values, grad, ctx.f, not ctx.transposed, 0, *pattern)
+        grad_x = _call("sparse_matmul", values, grad, ctx.f, not ctx.transposed, 0, *pattern)
     return grad_values, grad_x, *[None] * (len(_NAMES["sparse_matmul"]) - 2)
 
 
@@ -169,9 +169,9 @@ def _sample_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     identity = (int(WeightMap.IDENTITY),)
     grad_x = grad_g = None
     if ctx.needs_input_grad[0]:
-        grad_x = _OPS["sparse_matmul"](grad, g, *identity, True, 0, *pattern)
+        grad_x = _call("sparse_matmul", grad, g, *identity, True, 0, *pattern)
     if ctx.needs_input_grad[1]:
-        grad_g = _OPS["sparse_matmul"](grad, x, *identity, False, 0, *pattern)
+        grad_g = _call("sparse_matmul", grad, x, *identity, False, 0, *pattern)
     return grad_x, grad_g, *[None] * (len(_NAMES["sparse_sample"]) - 2)
 
 
@@ -180,7 +180,7 @@ def _save_gather(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _gather_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return _OPS["sparse_scatter"](grad, *_kept(ctx)[1]), None, None, None, None
+    return _call("sparse_scatter", grad, *_kept(ctx)[1]), None, None, None, None
 
 
 def _save_scatter(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -189,7 +189,7 @@ def _save_scatter(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _scatter_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (values,), pattern = _kept(ctx)
-    return _padded_to(_OPS["sparse_gather"](grad, *pattern), values), None, None, None, None
+    return _padded_to(_call("sparse_gather", grad, *pattern), values), None, None, None, None
 
 
 def _save_shifted(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -220,11 +220,28 @@ for _name, (_backward, _save) in _BACKWARDS.items():
 _LIBRARY.impl("sparse_index", torch.library.fallthrough_kernel, "Autograd")
 
 
+def _eager(name: str) -> Any:
+    """The same derivative as an autograd.Function, which takes a fraction of the time of what torch.library wraps."""
+    backward, save = _BACKWARDS[name]
+
+    def forward(ctx: Any, *values: Any) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            made: Tensor = _OPS[name](*values)
+        save(ctx, values, made)
+        return made
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return type(name, (torch.autograd.Function,), members)
+
+
+_EAGER = {name: _eager(name) for name in _BACKWARDS}
+
+
 # ---- wrappers ------------------------------------------------------------------------------------
 
 
 def _call(name: str, *values: Any) -> Any:
-    """Calls the op, without torch's autograd in Python, which takes longer than small products, if it may.
+    """Calls the op, with as little of torch's autograd as may be: that takes longer than small products.
 
     The kernels check the arguments; what they refuse is checked again for the words of the error.
     """
@@ -232,12 +249,18 @@ def _call(name: str, *values: Any) -> Any:
         return _OPS[name](*values)
     try:
         if torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in values[:2]):
-            return _OPS[name](*values)
+            return _EAGER[name].apply(*values) if _is_plain(values[:2]) else _OPS[name](*values)
         with torch._C._AutoDispatchBelowAutograd():
             return _OPS[name](*values)
     except RuntimeError:
         check_arguments(name, dict(zip(_NAMES[name], values, strict=True)))
         raise
+
+
+def _is_plain(values: tuple[Any, ...]) -> bool:
+    """Whether no transform (vmap, functional autograd) and no tensor subclass has to see the op itself."""
+    plain = all(type(v) in (Tensor, torch.nn.Parameter) for v in values if isinstance(v, Tensor))
+    return plain and torch._C._functorch.maybe_current_level() is None
 
 
 def sparse_index(layout: Tensor, row_start: Tensor, columns: int) -> Pattern:

@@ -64,6 +64,8 @@ def _summary(report: Report) -> list[str]:
     method = about.get("method") or (f"Masks ({about['operation']})" if "operation" in about else "Masks")
     kept = f"{report.kept:,} of {report.weights:,} weights kept"
     lines = [f"{method}: {kept}, density {percent(report.density)}, {_effective(report)}"]
+    if report.biases[1]:
+        lines.append(f"{report.biases[0]:,} of {report.biases[1]:,} biases kept, those of units that keep a weight")
     if found.get("rounds"):
         lines.append(_schedule(report))
         lines.append(_cost(found))
@@ -154,6 +156,8 @@ def _listed(names: Sequence[str]) -> str:
 def _layers(report: Report) -> str:
     known = report.live is not None
     head = ["layer", "weights", "kept", "density", *(["effective", "live in", "live out"] if known else [])]
+    visits = report.findings.get("unit_visits", {})
+    head += ["visits a unit, least"] if visits else []
     rows = []
     for layer in [*report.layers]:
         row = [
@@ -166,9 +170,13 @@ def _layers(report: Report) -> str:
             reached = layer.reach
             row += [percent(layer.effective_density), f"{reached.live_inputs}/{reached.inputs}"]
             row += [f"{reached.live_outputs}/{reached.outputs}"]
+        if visits:
+            least, mean = visits.get(layer.name, (0, 0.0))
+            row.append(f"{mean:,.4g}, {least:,}")
         rows.append(row)
     total = ["all", f"{report.weights:,}", f"{report.kept:,}", percent(report.density)]
-    rows.append(total + ([percent(report.effective_density), "", ""] if known else []))
+    total += [percent(report.effective_density), "", ""] if known else []
+    rows.append(total + [""] * (len(head) - len(total)))
     return table(head, rows)
 
 

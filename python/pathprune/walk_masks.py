@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -31,11 +31,13 @@ class Marked:
         bits: [words] int64, one bit a weight, see :meth:`Walks.packed`.
         kept: how many weights.
         walks: how many walks it took.
+        visits: weight -> how often these walks came to each of its output units; empty where that is not counted.
     """
 
     bits: Tensor
     kept: int
     walks: int
+    visits: Mapping[str, Tensor] = field(default_factory=dict)  # name -> [output units] int64
 
 
 class WalkMasks(ABC):
@@ -71,6 +73,13 @@ class WalkMasks(ABC):
     @abstractmethod
     def expected(self) -> Callable[[float], float]:
         """Roughly how many weights ``n`` walks take, for n up to infinity."""
+
+    def observe(self, edges: Tensor) -> None:  # noqa: B027
+        """Takes note of walks that were marked, [walks, width]."""
+
+    def visits(self) -> dict[str, Tensor]:
+        """How often the walks marked so far came to each output unit, by weight."""
+        return {}
 
     def lost(self) -> int:
         """How many non-zero weights no walk can take because their integers are 0."""
@@ -120,10 +129,11 @@ class WalkMasks(ABC):
                     ahead_of_time = self.steps(walks, size)
                 used, new = walk_ops.walk_mark_(bits, ahead_of_time, target - marked).tolist()
                 rate = new / used
+                self.observe(ahead_of_time[:used])
                 ahead_of_time = ahead_of_time[used:]
                 walks, marked = walks + used, marked + new
                 tick(walks, marked)
-            results.append(Marked(bits.clone(), marked, walks))
+            results.append(Marked(bits.clone(), marked, walks, self.visits()))
             if trim and marked > target:
                 results[-1] = self._trimmed(results[-1], target)
         return results
@@ -150,7 +160,7 @@ class WalkMasks(ABC):
                 done += count
         kept = int(_count_bits(bits))
         walk_ops.walk_mark_(bits, last[:, None].contiguous(), target - kept)
-        return Marked(bits, target, found.walks)
+        return Marked(bits, target, found.walks, found.visits)
 
     def _check_reachable(self, target: int, marked: int, walks: int) -> None:
         most, cannot = self.limit()
@@ -188,7 +198,7 @@ def _needed(expected: Callable[[float], float], target: float) -> float:
     while expected(high) < target:
         high *= 2
     low = high / 2
-    for _ in range(30):
+    while high > 1.001 * low:
         middle = (low + high) / 2
         low, high = (middle, high) if expected(middle) < target else (low, middle)
     return high

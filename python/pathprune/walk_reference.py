@@ -185,7 +185,7 @@ def walk_field_step(
         if given.numel() and not bool(((given >= 0) & (given < count)).all()):
             refuse("walk_field_step", name, f"0 to {count - 1}", int(given.min() if given.min() < 0 else given.max()))
     by_unit = (weight.transpose(1, 2) if to_rows else weight).reshape(groups * sources, targets, entries)
-    beyond = flow.reshape(groups, targets, -1)
+    beyond = flow.reshape(groups, targets, flow.shape[1])
     results = [torch.full_like(units, -1) for _ in range(3)]
     words = philox(walks, seed, step)[0]
     chunk = max(_CHUNK // max(targets * entries, 1), 1)

@@ -73,6 +73,7 @@ class Chances:
         self._skips = set() if identities else graph.skips
         self._blocked_ahead = self._blocked()
         self._masses: dict[tuple[str, bool], Tensor] = {}
+        self._branches: dict[tuple[int, bool], tuple[list[Edge | None], Tensor]] = {}
         with one_thread():
             self.ahead_amounts = self._amounts(True) if branches == "flow" else {}
             self.back_amounts = self._amounts(False) if branches == "flow" else {}
@@ -251,6 +252,11 @@ class Chances:
 
     def branch(self, k: int, ahead: bool) -> tuple[list[Edge | None], Tensor]:
         """The ways from a node and their weights, float64 [units, ways]; each row has one that is open, if any is."""
+        if (k, ahead) not in self._branches:
+            self._branches[k, ahead] = self._branch(k, ahead)
+        return self._branches[k, ahead]
+
+    def _branch(self, k: int, ahead: bool) -> tuple[list[Edge | None], Tensor]:
         ways: list[Edge | None] = list(self.ways_ahead(k)) if ahead else list(self.ways_back(k))
         if not ahead and k in self.graph.sites:
             raise ValueError(f"branch: node {k} is a synapse; a walk back leaves it by its one input")

@@ -72,6 +72,7 @@ class Walks(WalkMasks):
         seed: of all draws.
         keep_kernels: whether a step marks the whole kernel between two channels, or one entry of it.
         masks: bool tensors: weights that are there at all.
+        count_visits: whether to count how often each output unit is visited: 4 ns a step.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Walks(WalkMasks):
         *,
         keep_kernels: bool = False,
         masks: Mapping[str, Tensor] | None = None,
+        count_visits: bool = False,
     ) -> None:
         super().__init__(network, names, seed)
         self.rule = rule
@@ -113,6 +115,11 @@ class Walks(WalkMasks):
             if not len(units):
                 raise ValueError(f"PHEW: no walk can start: no {'input' if ahead else 'output'} unit is on any path")
         self._columns = self._slots()
+        self._visits = {
+            site.weight: torch.zeros(site.leaving, dtype=torch.int64, device=self.device)
+            for k, site in self.graph.sites.items()
+            if count_visits and k in self._columns
+        }
 
     # ------------------------------------------------------------------------------------------------- plans
 
@@ -266,6 +273,22 @@ class Walks(WalkMasks):
                 )
                 at = links.choices[links.row_start[at] + row]
             arrived.setdefault(edge.target if ahead else edge.source, []).append((mine, at))
+
+    def observe(self, edges: Tensor) -> None:
+        for k, column in self._columns.items() if self._visits else ():
+            site, taken = self.graph.sites[k], edges[:, column]
+            taken = taken[taken >= 0]  # who came this way
+            _, rows, columns, entries = site.shape
+            flat = taken - self.offsets[site.weight]
+            if site.forward_to_rows:
+                units = torch.div(flat, columns * entries, rounding_mode="trunc")
+            else:
+                group = torch.div(flat, rows * columns * entries, rounding_mode="trunc")
+                units = group * columns + torch.div(flat, entries, rounding_mode="trunc") % columns
+            self._visits[site.weight] += torch.bincount(units, minlength=site.leaving)
+
+    def visits(self) -> dict[str, Tensor]:
+        return {name: counts.cpu().clone() for name, counts in self._visits.items()}
 
     # ---------------------------------------------------------------------------------------- how many walks
 

@@ -23,7 +23,8 @@ class PHEW(Pruner):
     """Keeps the weights on input-output walks that prefer large ``|w|``; walks are drawn until the density is reached.
 
     Every kept weight lies on a path, so effective equals direct density. The last walk stays whole: at most one path
-    over the target, reported as ``overshoot``. A list of densities gives nested masks from one run of walks.
+    over the target, reported as ``overshoot``. A list of densities gives nested masks from one run of walks. The
+    paper's masks of biases, those of the units visited, are ``masks.with_biases(model)``.
 
     Args:
         bias: None: steps see the next weight alone. ``flow``: whole paths are drawn with probability ``|v|^power / R``,
@@ -102,7 +103,7 @@ class PHEW(Pruner):
         if self.bias == "flow":
             walks = FlowWalks(network, names, self.power, seed)
         else:
-            walks = Walks(network, names, self.rule(), seed, keep_kernels=self.keep_kernels)
+            walks = Walks(network, names, self.rule(), seed, keep_kernels=self.keep_kernels, count_visits=True)
         partial = sorted(target for target in targets.values() if target < selection.total)
         found = dict(zip(partial, walks.until(partial, max_walks=self.max_walks, trim=self.trim), strict=True))
         lost = walks.lost() if partial else 0
@@ -128,4 +129,10 @@ class PHEW(Pruner):
             "walks": 0 if found is None else found.walks,
             "overshoot": 0 if found is None else found.kept - target,
             "log2_path_kernel_trace": log2_trace(network, masks),
+            **({"unit_visits": _least_and_mean(found.visits)} if found is not None and found.visits else {}),
         }
+
+
+def _least_and_mean(visits: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, float]]:
+    """weight -> (the fewest visits of an output unit, their mean)."""
+    return {name: (int(counts.min()), float(counts.double().mean())) for name, counts in visits.items()}
