@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from fractions import Fraction
 
 import numpy as np
@@ -52,6 +53,26 @@ def test_keeps_exactly_what_a_stable_sort_keeps(data):
     )
     total = sum(a * b for a, b in shapes)
     assert_selects(scores, data.draw(st.integers(0, total)), exponents)
+
+
+def test_zeros_of_a_large_exponent_are_not_above_small_scores():
+    """The bin of zeros reaches up to denormal numbers, which a large exponent lifts above another tensor's scores."""
+    first = torch.tensor([[0.0, 0.2, 1.0, 0.2, 0.0, 1.0]])
+    second = torch.tensor([[0.0, 1.0, 0.0, 0.2]])
+    tiny = torch.tensor([[1e-45, 0.0, -1e-42, 1e-40]])
+    for keep in range(15):
+        assert_selects([first, second, tiny], keep, [-95, 170, 60])
+
+
+def test_values_of_every_size_over_every_exponent():
+    values = [0.0, -0.0, 1.0, 1.5, -2.0, 1e-40, 3e38, 1e-45, -1e-42, 0.1, 0.2, 7.0]
+    for seed in range(150):
+        rng = random.Random(seed)
+        some = rng.sample(values, rng.randint(1, 4))
+        dtype = rng.choice([torch.float32, torch.float64])
+        sizes = [rng.randint(1, 60) for _ in range(rng.randint(1, 4))]
+        scores = [torch.tensor([[rng.choice(some) for _ in range(n)]], dtype=dtype) for n in sizes]
+        assert_selects(scores, rng.randint(0, sum(sizes)), [rng.randint(-400, 400) for _ in sizes])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -157,7 +157,8 @@ class Bracket:
         lo = self.lo.at_least(scores.exponent, scores.dtype)
         above = self.hi.above(scores.exponent, scores.dtype)
         kind = np.float64 if scores.dtype == torch.float64 else np.float32
-        return lo, float(np.nextafter(kind(above), kind(-np.inf)))  # v <= hi exactly when v < above
+        with np.errstate(over="ignore"):
+            return lo, float(np.nextafter(kind(above), kind(-np.inf)))  # v <= hi exactly when v < above
 
 
 @dataclass(frozen=True)
@@ -317,8 +318,19 @@ def _brackets(sources: Sequence[Scores], keep: int, guess: Bracket | None):
 
 
 def _bisected(sources: Sequence[Scores], keep: int, bracket: Bracket):
-    """Halves a bracket that holds too many scores to collect (large groups of ties) by counting alone."""
+    """Halves a bracket that holds too many scores to collect (large groups of ties) by counting alone.
+
+    It begins with all scores where the bracket does not hold the threshold: bins of the tiniest scores of tensors with
+    other exponents overlap, so that a histogram can be wrong about the order of its bins.
+    """
     lo, hi = bracket.lo, bracket.hi
+    held = [source.collect(bracket, 0) for source in sources]
+    above = sum(int(c.counts[0]) for c in held)
+    if not above < keep <= above + sum(int(c.counts[1]) for c in held):
+        ends = [(s, s.collect(Bracket(Real(-math.inf, 0), Real(math.inf, 0)), 0).extremes) for s in sources]
+        lo = min(Real.of(float(least), s.exponent) for s, (least, _) in ends)
+        hi = max(Real.of(float(largest), s.exponent) for s, (_, largest) in ends)
+        yield Bracket(lo, hi)
     while True:
         middle = _between(lo, hi)
         upper = [source.collect(Bracket(middle, hi), 0) for source in sources]
@@ -328,6 +340,8 @@ def _bisected(sources: Sequence[Scores], keep: int, bracket: Bracket):
                 middle,
                 min(Real.of(float(c.extremes[0]), s.exponent) for c, s in zip(upper, sources, strict=True)),
             )
+        elif middle == hi:  # nothing lies between
+            hi = lo
         else:
             lower = [source.collect(Bracket(lo, middle), 0) for source in sources]
             hi = max(Real.of(float(c.extremes[1]), s.exponent) for c, s in zip(lower, sources, strict=True))
@@ -338,7 +352,7 @@ def _between(lo: Real, hi: Real) -> Real:
     """A number in (lo, hi]: the mean of mantissas at the larger exponent, or a mean exponent when far apart."""
     if lo.mantissa > 0 and hi.exponent - lo.exponent > 2:
         return Real(0.5, (lo.exponent + hi.exponent) // 2)
-    scale = max(lo.exponent, hi.exponent)
+    scale = max(r.exponent for r in (lo, hi) if r.mantissa or lo == hi)
     low, high = (math.ldexp(r.mantissa, max(r.exponent - scale, -1080)) for r in (lo, hi))
     middle = Real.of(low + (high - low) / 2, scale)
     return middle if lo < middle <= hi else hi
@@ -370,28 +384,28 @@ def _resolve(
         value, over = largest, 0
         ties = [count[1] for count in counts]
     elif all(count[1] <= c.values.numel() for count, c in zip(counts, collected, strict=True)):
-        narrow = largest.exponent - smallest.exponent < 100
-        value, over, ties = _kth(sources, counts, collected, need, largest.exponent, narrow)
+        found = _kth(sources, counts, collected, need, largest.exponent)
+        if found is None:
+            return None
+        value, over, ties = found
     else:
         return None
     return _cut_ties(sources, value, need - over, ties)
 
 
 def _kth(
-    sources: Sequence[Scores],
-    counts: list[list[int]],
-    collected: Sequence[Collected],
-    need: int,
-    unit: int,
-    narrow: bool,
-) -> tuple[Real, int, list[int]]:
-    """The ``need``-th largest of what was collected, how many lie above it, and its ties per tensor."""
-    parts = []
-    for source, count, c in zip(sources, counts, collected, strict=True):
-        values = c.values[: count[1]]
-        parts.append(_rescaled(values, source.exponent - unit, narrow))
-    joined = torch.cat(parts)
-    value = float(ops.kth_largest(joined, need))
+    sources: Sequence[Scores], counts: list[list[int]], collected: Sequence[Collected], need: int, unit: int
+) -> tuple[Real, int, list[int]] | None:
+    """The ``need``-th largest of what was collected, how many lie above it, and its ties per tensor.
+
+    None where the scores span so much that no one exponent shows them all exactly.
+    """
+    values = [c.values[: count[1]] for count, c in zip(counts, collected, strict=True)]
+    shifts = [source.exponent - unit for source in sources]
+    parts = _rescaled(values, shifts) or _rescaled([v.double() for v in values], shifts)
+    if parts is None:
+        return None
+    value = float(ops.kth_largest(torch.cat(parts), need))
     over, ties = 0, []
     for part in parts:
         above, equal = _counts(part, value)
@@ -407,11 +421,21 @@ def _counts(values: Tensor, value: float) -> tuple[int, int]:
     return above, equal
 
 
-def _rescaled(values: Tensor, shift: int, narrow: bool) -> Tensor:
-    """``values * 2^shift``, exact: within a narrow bracket the type's range is never left, in any float64's is not."""
-    if narrow and abs(shift) < 100:
-        return values if shift == 0 else values * 2.0**shift
-    return values.double() * math.ldexp(1.0, max(min(shift, 1000), -1000))
+def _rescaled(values: Sequence[Tensor], shifts: Sequence[int]) -> list[Tensor] | None:
+    """``values * 2^shift``, or None where the type does not have all of those numbers."""
+    most = 1000 if values[0].dtype == torch.float64 else 100  # powers of two that the type has, with room
+    parts = []
+    for some, shift in zip(values, shifts, strict=True):
+        if some.numel() == 0 or shift == 0:
+            parts.append(some)
+            continue
+        if abs(shift) > most:
+            return None
+        made = some * 2.0**shift
+        if not torch.equal(made * 2.0**-shift, some):
+            return None
+        parts.append(made)
+    return parts
 
 
 def _cut_ties(sources: Sequence[Scores], value: Real, need: int, ties: list[int]) -> Threshold:
@@ -469,5 +493,6 @@ def _bin_bounds(bins: np.ndarray, source: Scores) -> tuple[np.ndarray, np.ndarra
     first = bins.astype(unsigned) << unsigned(drop)
     low, high = value(first), value(first | ((unsigned(1) << unsigned(drop)) - unsigned(1)))
     magnitude = np.log2(np.abs(np.where(high > 0, high, low)).clip(5e-324)) + source.exponent + 1e6
-    place = np.where(high > 0, magnitude, np.where(low < 0, -magnitude, 0.0))
+    holds_zero = (low <= 0) & (high >= 0)  # zeros, mostly, whatever the exponent
+    place = np.where(holds_zero, 0.0, np.where(high > 0, magnitude, -magnitude))
     return place, low, high, np.full(len(bins), source.exponent)
