@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from pathprune import pruned_convolution as room
-from pathprune import sparse_reference
-from pathprune.pruned_convolution import counting_convolution, pruned_convolution
+from pathprune import sparse, sparse_reference
+from pathprune.pruned_convolution import counting_convolution, pruned_convolution, thin_convolution
 from pathprune.sparse_ops import shifted_matmul
 
 
@@ -161,3 +161,38 @@ def test_dead_channels_and_thin_weights_as_they_are_chosen() -> None:
     w1[10:] = 0
     got = pruned_convolution(one, w1, None, (1,), (1,), (1,))
     torch.testing.assert_close(got, torch.conv1d(one, w1, None, 1, 1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("geometry", [g for g in GEOMETRIES if g[5] == (1, 1) and g[8] == 1], ids=str)
+def test_gradients_of_thin_convolutions(geometry: tuple) -> None:
+    x, w, _ = drawn(geometry, 0.3)
+    padding, dilation = geometry[6:8]
+    leaves = (x.requires_grad_(), w.requires_grad_())
+    assert torch.autograd.gradcheck(lambda x, w: thin_convolution(x, w, padding, dilation), leaves)
+    wide = (5, 6)  # more padding than the kernel reaches
+    assert torch.autograd.gradcheck(lambda x, w: thin_convolution(x, w, wide, dilation), leaves)
+
+
+@pytest.mark.parametrize("padding_mode", ["zeros", "reflect"])
+def test_sparse_layers_take_it_where_it_pays(padding_mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and gradients of a layer at 5 %, and that the way is the one that was meant."""
+    calls = []
+    monkeypatch.setattr(sparse, "thin_convolution", lambda *a: calls.append(1) or thin_convolution(*a))
+    torch.manual_seed(0)
+    dense = torch.nn.Conv2d(8, 12, 3, padding=1, padding_mode=padding_mode).double()
+    mask = torch.rand(dense.weight.shape) < 0.05
+    weight = (dense.weight.detach() * mask).requires_grad_()
+    x = torch.randn(3, 8, 16, 16, dtype=torch.float64, requires_grad=True)
+    around = torch.nn.functional.pad(x, (1, 1, 1, 1), "constant" if padding_mode == "zeros" else padding_mode)
+    wanted = torch.conv2d(around, weight, dense.bias)
+    wanted_grads = torch.autograd.grad(wanted.square().sum(), [x, weight])
+    layer = sparse.SparseConv2d(dense, mask)
+    got = layer(x)
+    torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-11)
+    grads = torch.autograd.grad(got.square().sum(), [x, layer.weight])
+    torch.testing.assert_close(grads[0], wanted_grads[0], rtol=1e-10, atol=1e-10)
+    packed = layer.mask.gather(wanted_grads[1].reshape(12, -1))
+    torch.testing.assert_close(grads[1], packed, rtol=1e-10, atol=1e-10)
+    assert bool(calls) == (padding_mode == "zeros")
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x[0]), wanted[0], rtol=1e-11, atol=1e-11)

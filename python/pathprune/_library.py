@@ -17,6 +17,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+import warnings
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import ModuleType
@@ -89,3 +90,6 @@ cpu_error: str | None = _load_ops("pathprune_cpu")
 cuda_error: str | None = _load_cuda_ops()
 cpu_loaded: bool = cpu_error is None
 cuda_loaded: bool = cuda_error is None
+
+if cpu_error is not None and not DISABLED:
+    warnings.warn(f"pathprune: {cpu_error}: plain torch serves in place of the compiled ops, slowly", stacklevel=2)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .ops import _LIBRARY
 from .sparse_ops import shifted_matmul
@@ -138,6 +139,46 @@ def _batched(
 
 torch.library.register_fake("pathprune::pruned_convolution", _fake, lib=_LIBRARY)
 torch.library.register_vmap("pathprune::pruned_convolution", _batched, lib=_LIBRARY)
+
+
+def expected_gain(density: float) -> float:
+    """How many times faster than dense :func:`thin_convolution` was measured to be, forward, from 8 x 8 images on."""
+    return min(4.0, 0.22 / max(density, 1e-9))
+
+
+def pays_to_shift(x: Tensor, kernel: torch.Size, density: float) -> bool:
+    """Whether :func:`thin_convolution` should be faster than a dense one on these images."""
+    is_plain = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and kernel.numel() > 1
+    return is_plain and density < _few(x, x.new_empty((1, 1, *kernel), device="meta"), (1, 1))
+
+
+def thin_convolution(x: Tensor, w: Tensor, padding: Sequence[int], dilation: Sequence[int]) -> Tensor:
+    """A convolution with stride 1 that skips the zeros of w, and so does its gradient by x. Differentiable once.
+
+    Args:
+        x: [N, C, H, W] float32 or float64; w: [O, C, kh, kw] of its type.
+    """
+    return _Thin.apply(x, w, tuple(padding), tuple(dilation))
+
+
+class _Thin(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, padding: tuple[int, ...], dilation: tuple[int, ...]) -> Tensor:
+        ctx.save_for_backward(x, w)
+        ctx.geometry = padding, dilation
+        return _shifted(x, w, (1, 1), padding, dilation)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        (x, w), (padding, dilation) = ctx.saved_tensors, ctx.geometry
+        around = [d * (k - 1) - p for d, k, p in zip(dilation, w.shape[2:], padding, strict=True)]
+        shifts = ctx.needs_input_grad[0] and min(around) >= 0
+        dx = _shifted(dy, w.flip(2, 3).transpose(0, 1), (1, 1), around, dilation) if shifts else None
+        mask = [ctx.needs_input_grad[0] and not shifts, ctx.needs_input_grad[1], False]
+        geometry = ([1, 1], padding, dilation, False, [0, 0], 1)
+        plain = torch.ops.aten.convolution_backward(dy, x, w, None, *geometry, mask)
+        return dx if shifts else plain[0], plain[1], None, None
 
 
 def _shifted(x: Tensor, w: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> Tensor:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from .checks import accumulate_dtype, refuse
 from .masked import PackedMask, expected_speedup, masked_matmul, pack_mask, unpack_layout
 from .masks import Masks
+from .pruned_convolution import expected_gain, pays_to_shift, thin_convolution
 from .sparse_ops import KERNELS, Pattern, sparse_matmul
 from .tables import percent, table
 
@@ -147,7 +148,8 @@ class SparseLinear(_Sparse):
 
 
 class SparseConv2d(_Sparse):
-    """`nn.Conv2d` with a mask: a product with the patches; 1x1 kernels have none to write out.
+    """`nn.Conv2d` with a mask: where it is thin, over images laid flat, of which every weight reads a shift; elsewhere
+    a product with the patches (1x1 kernels have none to write out) or, where neither pays, the dense one.
 
     Args:
         dense: the layer to take over, of any stride, padding, dilation and groups.
@@ -157,6 +159,11 @@ class SparseConv2d(_Sparse):
     def forward(self, x: Tensor) -> Tensor:
         dense = self._dense[0]
         batched = x if x.dim() == 4 else x[None]
+        if self._shifts(batched):
+            (right, _, below, _) = dense._reversed_padding_repeated_twice
+            y = thin_convolution(batched, self.dense_weight(), (below, right), dense.dilation)
+            y = y if self.bias is None else y + self.bias[:, None, None]
+            return y if x.dim() == 4 else y[0]
         kernel: Sequence[int] = self._shape[2:]
         mode = "constant" if dense.padding_mode == "zeros" else dense.padding_mode
         padded = F.pad(batched, dense._reversed_padding_repeated_twice, mode)
@@ -176,6 +183,11 @@ class SparseConv2d(_Sparse):
         if self.bias is not None:
             y = y + self.bias[:, None, None]
         return y if x.dim() == 4 else y[0]
+
+    def _shifts(self, x: Tensor) -> bool:
+        """Whether zeros are skipped without writing patches out."""
+        plain = _is_plain(self._dense[0]) and x.dtype == self.weight.dtype and not torch.is_autocast_enabled("cpu")
+        return plain and pays_to_shift(x, self._shape[2:], self.density)
 
     def _takes_dense(self, positions: int) -> bool:
         mask = self.mask
@@ -312,6 +324,8 @@ def _judge(
     handicap = _handicap(layer)
     rows = len(mask) // groups
     speedup = {b: expected_speedup(rows, columns, kept / total, b) / handicap for b in batches}
+    if isinstance(layer, nn.Conv2d) and _is_plain(layer):
+        speedup = {b: max(s, expected_gain(kept / total)) for b, s in speedup.items()}
     swapped = False
     if type(layer) not in _LAYERS or name.rpartition(".")[2] != "weight":
         reason = f"{type(layer).__name__}: no sparse layer"
@@ -324,6 +338,13 @@ def _judge(
         swapped = max(speedup.values()) >= least
         reason = "faster" if swapped else "not faster"
     return Swap(name, swapped, reason, kept / total, speedup, dense_bytes, packed_bytes)
+
+
+def _is_plain(layer: Any) -> bool:
+    """Whether ``thin_convolution`` can do it: one group, no stride, zeros around, as many on either side."""
+    left, right, top, bottom = layer._reversed_padding_repeated_twice
+    even = left == right and top == bottom and layer.padding_mode == "zeros"
+    return even and layer.groups == 1 and tuple(layer.stride) == (1, 1) and math.prod(layer.kernel_size) > 1
 
 
 _LAYERS: dict[type[nn.Module], type[_Sparse]] = {nn.Linear: SparseLinear, nn.Conv2d: SparseConv2d}
