@@ -113,14 +113,20 @@ def test_import_without_the_binaries() -> None:
 
 
 def test_import_where_nothing_was_built(tmp_path: Path) -> None:
-    state = python(STATE, PATHPRUNE_LIBRARY_DIR=str(tmp_path)).split("|")
+    state = python(STATE, PATHPRUNE_LIBRARY_DIR=str(tmp_path), PYTHONWARNINGS="ignore").split("|")
     assert state[:4] == ["True", "False", "False", "libpathprune_cpu.so was not built"]
+
+
+def test_import_says_that_plain_torch_serves(tmp_path: Path) -> None:
+    done = run([sys.executable, "-c", "import pathprune"], PATHPRUNE_LIBRARY_DIR=str(tmp_path))
+    assert "libpathprune_cpu.so was not built: plain torch serves in place of the compiled ops" in done.stderr
+    python("import pathprune", PATHPRUNE_LIBRARY_DIR=str(tmp_path), PATHPRUNE_DISABLE_BINARY="1")  # asked for
 
 
 def test_import_with_broken_binaries(tmp_path: Path) -> None:
     for name in ("libpathprune_cpu.so", "libpathprune_cuda.so", "_C.abi3.so"):
         (tmp_path / name).write_bytes(b"no library")
-    state = python(STATE, PATHPRUNE_LIBRARY_DIR=str(tmp_path)).split("|")
+    state = python(STATE, PATHPRUNE_LIBRARY_DIR=str(tmp_path), PYTHONWARNINGS="ignore").split("|")
     assert state[:3] == ["True", "False", "False"]
     assert "libpathprune_cpu.so" in state[3]
 
@@ -192,7 +198,8 @@ def test_no_function_of_one_instruction_set_serves_another() -> None:
         isa = "avx512" if "avx512" in str(file) else "avx2"
         lines = run(["nm", "--demangle", "--defined-only", file]).stdout.splitlines()
         shared = [line.split(" ", 2)[2] for line in lines if re.match(r"\w+ [WVu] ", line)]
-        assert [name for name in shared if f"::{isa}::" not in name] == [], file.name
+        data = ("DW.ref.",)  # where exceptions are handled: the same everywhere
+        assert [name for name in shared if f"::{isa}::" not in name and not name.startswith(data)] == [], file.name
 
 
 # ---- scripts ------------------------------------------------------------------------------------------

@@ -133,7 +133,7 @@ def emptied(model, x, y, sparsity):
     return [name for name, s in zip(names, scores, strict=True) if not bool((s >= threshold).any())]
 
 
-@pytest.mark.parametrize("blocks", [16, 32, 50])
+@pytest.mark.parametrize("blocks", [16, 32, pytest.param(50, marks=pytest.mark.slow)])
 def test_where_sbp_empties_layers_at_98_percent_sbp_sr_does_not(blocks):
     """Residual nets with batch norm, 64 units, seeds 0 and 1.
 

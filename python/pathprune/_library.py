@@ -92,4 +92,4 @@ cpu_loaded: bool = cpu_error is None
 cuda_loaded: bool = cuda_error is None
 
 if cpu_error is not None and not DISABLED:
-    warnings.warn(f"pathprune: {cpu_error}: plain torch serves in place of the compiled ops, slowly", stacklevel=2)
+    warnings.warn(f"pathprune: {cpu_error}: plain torch serves in place of the compiled ops, slowly", stacklevel=1)

@@ -175,11 +175,17 @@ class PathKernel:
 
     def trace_loss(self) -> dict[str, Tensor]:
         """What deleting each weight takes from the trace, float64: its own part and that of the paths it closes."""
-        lost = {}
-        for name, (slope, product) in self._tangents(self._masks_as(1.0)).items():
-            u = self._weight(name).double().square()
-            lost[name] = (slope.double() + u * product.double()) * self._mask(name).double()
-        return lost
+        lost: dict[str, Tensor] = {}
+
+        def take(weight: Weight, slope: Tensor | None, product: Tensor, exponent: Tensor) -> None:
+            assert slope is not None
+            u, unit = self._weight(weight.name).double().square(), _power(int(exponent))
+            loss = (slope.double() + u * product.double()) * unit * self._mask(weight.name)
+            lost[weight.name] = lost[weight.name] + loss if weight.name in lost else loss  # a tied weight's uses
+
+        masks = {name: self._mask(name).to(self._flow.dtype) for name in self.network.prunable}
+        self._flow.run(self._with_fixed(masks), take)
+        return {name: lost[name] for name in self.network.prunable}
 
     def quadratic_form(self) -> float:
         """``1^T Pi 1``: the sum over weights of squared derivatives of the signed linear network's output on ones."""
@@ -255,39 +261,39 @@ class PathKernel:
         mask = None if self.masks is None else self.masks.get(name)
         return torch.ones_like(tensor, dtype=torch.bool) if mask is None else mask.to(tensor.device)
 
-    def _masks_as(self, value: float) -> dict[str, Tensor]:
-        return {name: self._mask(name).to(self._flow.dtype) * value for name in self.network.prunable}
+    def _product(self, x: Mapping[str, Tensor], out: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """``2^-scale G x`` in the type of the flow; written to ``out``, if given.
 
-    def _tangents(self, along: Mapping[str, Tensor], gradient: bool = True) -> dict[str, tuple[Powered, Powered]]:
-        """dR_2/du and its derivative along a direction of u."""
-        found: dict[str, tuple[Powered, Powered]] = {}
-
-        def take(weight: Weight, slope: Tensor | None, product: Tensor, exponent: Tensor) -> None:
-            e = int(exponent)
-            mine = (Powered(product if slope is None else slope, e), Powered(product, e))
-            if weight.name in found:  # a tied weight is used again
-                mine = tuple(_added(a, b) for a, b in zip(found[weight.name], mine, strict=True))  # type: ignore[assignment]
-            found[weight.name] = mine
-
-        fixed = {name for name in self._flow.weights if name not in along}
-        still = {name: torch.zeros_like(self._flow.weights[name].effective()) for name in fixed}
-        self._flow.run({**along, **still}, take, gradient)
-        return found
-
-    def _product(self, x: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """``2^-scale G x`` in the type of the flow."""
-        dtype = self._flow.dtype
-        x = {name: part.to(self.network.device, dtype) for name, part in x.items()}
-        if self.masks is not None:
-            x = {name: part * self._mask(name) for name, part in x.items()}
-        tangents = self._tangents({name: part * self._weight(name) for name, part in x.items()}, gradient=False)
-        made = {}
-        for name, part in x.items():
-            own, (_, product) = part * self._scaled_slope[name], tangents[name]
-            made[name] = own.addcmul_(self._weight(name), product.tensor, value=_power(product.exponent - self._scale))
+        Fresh pages would cost as much as the passes that fill them, so directions have theirs for as long as this
+        kernel lives, and Hessian products are added to the result as they are made.
+        """
+        dtype, device = self._flow.dtype, self.network.device
+        made = {} if out is None else dict(out)
+        for name in self.network.prunable:
+            part = x[name].to(device, dtype)
             if self.masks is not None:
+                part = part * self._mask(name)
+            slope, along = self._scaled_slope[name], self._along[name]
+            made[name] = torch.mul(part, slope, out=made[name]) if out is not None else part * slope
+            torch.mul(part, self._weight(name), out=along)
+
+        def take(weight: Weight, _: Tensor | None, product: Tensor, exponent: Tensor) -> None:
+            made[weight.name].addcmul_(self._weight(weight.name), product, value=_power(int(exponent) - self._scale))
+
+        self._flow.run(self._with_fixed(self._along), take, gradient=False)
+        if self.masks is not None:
+            for name in made:
                 made[name] *= self._mask(name)
         return made
+
+    @cached_property
+    def _along(self) -> dict[str, Tensor]:
+        return {name: torch.empty_like(self._weight(name)) for name in self.network.prunable}
+
+    def _with_fixed(self, along: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A direction in which weights that are not prunable stay as they are."""
+        fixed = {n: w for n, w in self._flow.weights.items() if n not in along}
+        return {**along, **{n: torch.zeros(w.shape, dtype=self._flow.dtype) for n, w in fixed.items()}}
 
     # ---------------------------------------------------------------------------------------------- spectrum
 
@@ -336,7 +342,7 @@ class PathKernel:
         space = Reduced(theta, self._scaled_slope, self.masks, sets)
         start = space.reduced({name: w.sign() for name, w in theta.items()})
         found = leading_eigenpairs(
-            lambda y: space.reduced(self._product(space.expanded(y))),
+            lambda y: space.product(y, self._product),
             start,
             min(k, space.count),
             tolerance,
@@ -424,11 +430,6 @@ def _power(level: float) -> float:
 def _times(part: Powered, exponent: int) -> Tensor:
     """The numbers at another exponent, in their own type."""
     return part.tensor * power_of_two(torch.tensor(part.exponent + exponent), part.tensor.dtype).to(part.tensor.device)
-
-
-def _added(a: Powered, b: Powered) -> Powered:
-    top = max(a.exponent, b.exponent)
-    return Powered(_times(a, -top) + _times(b, -top), top)
 
 
 def _scalings(graph: WalkGraph, live: Mapping[str, Tensor]) -> int:

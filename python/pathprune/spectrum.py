@@ -36,13 +36,13 @@ def leading_eigenpairs(
     """The k largest eigenpairs by implicitly restarted Lanczos (ARPACK, through SciPy); small matrices by LAPACK.
 
     Args:
-        product: x [n] -> A x [n], in the type and on the device of ``start``.
+        product: x [n] -> A x [n], in the type and on the device of ``start``; it may write to the same memory each time.
         start: [n], not orthogonal to what is looked for.
         tolerance: relative accuracy of the values.
     """
     n = len(start)
     if n <= max(_SMALL, 2 * k + 1):
-        matrix = torch.stack([product(column) for column in torch.eye(n).to(start)], 1).double()
+        matrix = torch.stack([product(column).clone() for column in torch.eye(n).to(start)], 1).double()
         values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
         values, vectors = values.flip(0)[:k], vectors.flip(1)[:, :k].to(start.dtype)
     else:

@@ -10,7 +10,7 @@ Found from the flows that pass no weight before the first, or after the last, sy
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -145,6 +145,8 @@ class Reduced:
     ) -> None:
         self.segments: list[_Segment] = []
         self.count = 0
+        self._result: Tensor | None = None
+        self._out: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
             mask = None if masks is None else masks.get(name)
             live = None if mask is None else mask.flatten().nonzero()[:, 0].to(tensor.device)
@@ -171,6 +173,28 @@ class Reduced:
     def _append(self, name: str, shape: torch.Size, live: Tensor | None, sets: _Sets | None, size: int) -> None:
         self.segments.append(_Segment(name, shape, live, sets, self.count, self.count + size))
         self.count += size
+
+    def product(self, y: Tensor, product: Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], object]) -> Tensor:
+        """``product(x, out)`` of whole tensors, in these coordinates. What is returned is overwritten next time."""
+        if self._result is None:
+            self._result = torch.empty_like(y)
+            self._out = {s.name: self._room(s, self._result) for s in self.segments}
+        product(self.expanded(y), self._out)
+        for s in self.segments:
+            whole, mine = self._out[s.name].flatten(), self._result[s.start : s.stop]
+            if s.sets is not None:
+                picked = whole if s.live is None else whole[s.live]
+                mine.zero_().index_add_(0, s.sets.of, picked * s.sets.directions)
+            elif s.live is not None:
+                torch.index_select(whole, 0, s.live, out=mine)
+        return self._result
+
+    @staticmethod
+    def _room(s: _Segment, result: Tensor) -> Tensor:
+        """Where a whole tensor is written: in the result itself, if that is how it lies there."""
+        if s.sets is None and s.live is None:
+            return result[s.start : s.stop].view(s.shape)
+        return result.new_empty(s.shape)
 
     def reduced(self, parts: Mapping[str, Tensor]) -> Tensor:
         """Of whole tensors."""

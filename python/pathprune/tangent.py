@@ -24,7 +24,8 @@ from .select import Bracket
 from .weights import Scaled, Weight, product
 
 Sink = Callable[[Weight, Tensor | None, Tensor, Tensor], None]
-"""Takes (weight, gradient, Hessian-vector product, exponent), both of the weight's shape times 2^exponent."""
+"""Takes (weight, gradient, Hessian-vector product, exponent), both of the weight's shape times 2^exponent. The product
+lies in memory that is used again for the next weight."""
 
 
 class TangentFlow(PathFlow):
@@ -230,14 +231,14 @@ class TangentFlow(PathFlow):
         first = second = None
         if wants:
             turned = torch.cat([left[:, half:], left[:, :half]], 1)
-            second = self._outer(turned, x, weight, node)
+            second = self._outer(turned, x, weight, node, weight.room(u))
             if self._wants_gradient:
                 first = self._outer(left[:, :half], x[:, :half], weight, node)
         like = inward if node.form == "rows" else g
         return self._unrowed(inward, None, like, node), first, second
 
     @staticmethod
-    def _outer(g: Tensor, x: Tensor, weight: Weight, node: Synapse) -> Tensor:
+    def _outer(g: Tensor, x: Tensor, weight: Weight, node: Synapse, out: Tensor | None = None) -> Tensor:
         """sum_t g_t x_t^T, laid as the weight is stored."""
         left, right = (x, g) if node.form == "linear_t" else (g, x)
-        return product(left.transpose(1, 2), right).reshape(weight.shape)
+        return product(left.transpose(1, 2), right, out).reshape(weight.shape)

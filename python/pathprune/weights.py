@@ -272,6 +272,10 @@ class Weight:
         self.settle()
         self._scores, self._collected = self._source(None, None, 0), None
 
+    def room(self, like: Tensor) -> Tensor:
+        """Memory for one tensor of rows [G, O, K], shared with the network's other weights."""
+        return self._scratch.like(like.reshape(self.groups, -1, self.columns), like.dtype)
+
     def drop_effective(self) -> None:
         """Frees ``f(w) * mask`` once the backward flow is through."""
         self._effective = None
