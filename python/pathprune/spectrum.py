@@ -36,7 +36,7 @@ def leading_eigenpairs(
     """The k largest eigenpairs by implicitly restarted Lanczos (ARPACK, through SciPy); small matrices by LAPACK.
 
     Args:
-        product: x [n] -> A x [n], in the type and on the device of ``start``; it may write to the same memory each time.
+        product: x [n] -> A x [n], in the type and on the device of ``start``, maybe in the same memory each time.
         start: [n], not orthogonal to what is looked for.
         tolerance: relative accuracy of the values.
     """
