@@ -62,7 +62,8 @@ def _convolved(
     if groups != 1 or x.numel() * w.numel() < _SMALL:
         return torch.convolution(x, w, bias, *geometry)
     kernel = w.shape[2:].numel()
-    pairs = torch.mv(w.abs().reshape(-1, kernel), w.new_ones(kernel)).reshape(w.shape[:2]) > 0
+    counts = torch.mv(w.sign().abs_().reshape(-1, kernel), w.new_ones(kernel)).reshape(w.shape[:2])
+    pairs = counts > 0
     rows, columns = pairs.any(1).nonzero()[:, 0], pairs.any(0).nonzero()[:, 0]
     if rows.numel() == 0:
         like = torch.convolution(x.to("meta"), w.to("meta"), None, *geometry)
@@ -71,7 +72,7 @@ def _convolved(
     fewer = rows.numel() * columns.numel() < _CHANNELS * pairs.numel()
     if fewer:
         x, w = x.index_select(1, columns), w[rows][:, columns]
-    if int(torch.count_nonzero(w)) < _few(x, w, stride) * w.numel():
+    if float(counts.sum(dtype=torch.float64)) < _few(x, w, stride) * w.numel():
         y = _shifted(x, w, stride, padding, dilation)
     elif fewer:
         y = torch.convolution(x, w, None, *geometry)
