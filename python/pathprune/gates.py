@@ -31,7 +31,7 @@ from .weights import Scaled, Weight
 
 _SHIFTED = ("sigmoid", "hardsigmoid", "softplus", "log_sigmoid", "clamp", "clamp_min", "clamp_max", "threshold")
 
-_SAFE = 30  # powers of two that a flow may be away from 1
+_SAFE = (-30, 90)  # powers of two that the largest of a flow may be away from 1: another layer's growth fits in
 _CONVOLUTIONS = tuple(getattr(torch.ops.aten, f"conv{n}d").default for n in (1, 2, 3))
 
 
@@ -261,7 +261,7 @@ class GatedFlow(PathFlow):
     def _normalised(self, tensor: Tensor, exponent: Tensor) -> Scaled:
         """Left as it is while its range is far from the type's: a batch is large, and one pass less."""
         peak = float(self._peak(tensor.reshape(1, -1))) if tensor.numel() else 0.0
-        if 2.0**-_SAFE < peak < 2.0**_SAFE:
+        if 2.0 ** _SAFE[0] < peak < 2.0 ** _SAFE[1]:
             return Scaled(tensor, exponent)
         return super()._normalised(tensor, exponent)
 

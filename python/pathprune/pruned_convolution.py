@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -98,8 +99,7 @@ def counting_convolution(
     full, others = nearly.nonzero()[:, 0], (~nearly).nonzero()[:, 0]
     if full.numel() == 0:
         return pruned_convolution(x, w, None, *geometry)
-    ones = torch.ones((1, 1, *w.shape[2:]), dtype=w.dtype, device=w.device)
-    whole = pruned_convolution(x.sum(1, keepdim=True), ones, None, *geometry)
+    whole = _box(x.sum(1, keepdim=True), w.shape[2:], stride, padding, dilation)
     missing = pruned_convolution(x, 1 - w[full], None, *geometry)
     part = torch.sub(whole, missing, out=missing)
     if others.numel() == 0:
@@ -140,6 +140,17 @@ def _batched(
 
 torch.library.register_fake("pathprune::pruned_convolution", _fake, lib=_LIBRARY)
 torch.library.register_vmap("pathprune::pruned_convolution", _batched, lib=_LIBRARY)
+
+
+def _box(
+    x: Tensor, kernel: torch.Size, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> Tensor:
+    """A convolution of one channel with ones."""
+    even = all(d == 1 and 2 * p <= k for d, p, k in zip(dilation, padding, kernel, strict=True))
+    if even and len(kernel) == 2:
+        return F.avg_pool2d(x, kernel, tuple(stride), tuple(padding), divisor_override=1)
+    ones = torch.ones((1, 1, *kernel), dtype=x.dtype, device=x.device)
+    return torch.convolution(x, ones, None, stride, padding, dilation, False, [0] * len(kernel), 1)
 
 
 def expected_gain(density: float) -> float:
@@ -200,9 +211,9 @@ def _shifted(x: Tensor, w: Tensor, stride: Sequence[int], padding: Sequence[int]
     turned = x.transpose(0, 1)
     for a in range(sy):
         for b in range(sx):
-            y0, x0 = (a - py) % sy, (b - px) % sx  # the first row and column of the image in this phase
-            part = turned[:, :, y0::sy, x0::sx]
-            at_y, at_x = (y0 + py) // sy, (x0 + px) // sx
+            top, left = (a - py) % sy, (b - px) % sx  # the first row and column of the image in this phase
+            part = turned[:, :, top::sy, left::sx]
+            at_y, at_x = (top + py) // sy, (left + px) // sx
             room = phases[a, b, :, :, at_y:, at_x:]
             h, v = min(part.shape[2], room.shape[2]), min(part.shape[3], room.shape[3])
             room[:, :, :h, :v].copy_(part[:, :, :h, :v])
