@@ -71,6 +71,16 @@ struct Lanes {
   Vector<T> part[kParts];
 };
 
+#if PP_AVX512
+// The compiler's own adds signed numbers, which must not go beyond 2^63.
+PP_INLINE uint64_t sum_of_lanes(__m512i sums) {
+  uint64_t lane[8], total = 0;
+  _mm512_storeu_si512(lane, sums);
+  for (const uint64_t one : lane) total += one;
+  return total;
+}
+#endif
+
 // ---- what the compiler's vectors can do -------------------------------------------------------
 
 template <typename T>

@@ -227,6 +227,7 @@ void scatter_values(const Pattern& w, const Rows& rows, const T* values, T* dens
 }
 
 void scatter(const Pattern& w, const Rows& rows, int64_t size, const void* values, void* dense) {
+  if (w.columns == 0) return;
   if (size == 8) {
     scatter_values(w, rows, static_cast<const uint64_t*>(values), static_cast<uint64_t*>(dense));
   } else if (size == 4) {

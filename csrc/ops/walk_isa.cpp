@@ -139,7 +139,7 @@ uint64_t sum_of_integers(const Row& row, int64_t count, int scale) {
       sums[k] = _mm512_add_epi64(sums[k], scaled_integers<false>(row.eight(i + 8 * k), by));
     }
   }
-  sum = static_cast<uint64_t>(_mm512_reduce_add_epi64(_mm512_add_epi64(sums[0], sums[1])));
+  sum = sum_of_lanes(_mm512_add_epi64(sums[0], sums[1]));
 #endif
   for (; i < count; ++i) sum += scaled_integer(row.at(i), scale, 0);
   return sum;
@@ -270,8 +270,7 @@ PP_INLINE int64_t draw_among_16(__m512d low, __m512d high, int64_t count, uint64
   const __m512d roughly_by = _mm512_set1_pd(rough);
   const __m512i roughly = _mm512_add_epi64(scaled_integers<false>(low, roughly_by),
                                            scaled_integers<false>(high, roughly_by));
-  const int scale =
-      final_scale(count, rough, static_cast<uint64_t>(_mm512_reduce_add_epi64(roughly)));
+  const int scale = final_scale(count, rough, sum_of_lanes(roughly));
   const __m512d by = _mm512_set1_pd(scale);
   const __m512i last = _mm512_set1_epi64(7);
   const __m512i first = prefix_sums(scaled_integers<true>(low, by));
