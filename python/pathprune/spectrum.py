@@ -63,7 +63,7 @@ def _arpack(
     try:
         from scipy.sparse.linalg import LinearOperator, eigsh
     except ImportError as error:
-        raise ImportError("top_eigenpairs: SciPy does the Lanczos iteration: pip install scipy") from error
+        raise ImportError("top_eigenpairs: SciPy does the Lanczos iteration: pip install 'pathprune[kernel]'") from error
     try:
         from tqdm import tqdm
 
