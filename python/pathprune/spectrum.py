@@ -63,7 +63,8 @@ def _arpack(
     try:
         from scipy.sparse.linalg import LinearOperator, eigsh
     except ImportError as error:
-        raise ImportError("top_eigenpairs: SciPy does the Lanczos iteration: pip install 'pathprune[kernel]'") from error
+        wanted = "pip install 'pathprune[kernel]'"
+        raise ImportError(f"top_eigenpairs: SciPy does the Lanczos iteration: {wanted}") from error
     try:
         from tqdm import tqdm
 
