@@ -294,6 +294,26 @@ def squared_network(model: nn.Module, squares: dict[str, Tensor], x: Tensor) -> 
     return run(model, "", x).sum()
 
 
+def test_constants_begin_no_path():
+    """A positional term is a source of its own only where biases flow, and then R_2 is not what G is made of."""
+    torch.manual_seed(0)
+    first, last = torch.randn(3, 2).double(), torch.randn(1, 3).double()
+
+    def network(constant: bool) -> PathNetwork:
+        net = PathNetwork()
+        flow = net.add_synapse(net.add_input(1, 2), first, "first")
+        if constant:
+            flow = net.add_sum(flow, net.add_constant(torch.randn(1, 3).double()))
+        return net.set_outputs(net.add_synapse(flow, last, "last"))
+
+    with_constant, without = pp.PathKernel(network(True)), pp.PathKernel(network(False))
+    assert with_constant.trace() == pytest.approx(without.trace(), rel=1e-13)
+    x = torch.randn(9).double()
+    torch.testing.assert_close(with_constant.matvec(x), without.matvec(x), rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match="multi-affine"):
+        pp.PathKernel(network(True), policy="published").trace()
+
+
 def test_branch_shares():
     torch.manual_seed(0)
     kernel = pp.PathKernel(models.resnet20().double().eval(), torch.ones(1, 3, 32, 32).double())

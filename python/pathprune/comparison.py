@@ -9,14 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ._mask_io import write_atomically
 from .batches import Data
 from .masks import Masks
 from .network import PathNetwork, as_network
 from .path_kernel import PathKernel
-from .report import Report, path_counts
+from .report import path_counts
 from .tables import percent, table
 from .tangent_kernel import ntk_trace, ntk_trace_bound
 
@@ -38,7 +38,7 @@ class MaskFacts:
 
     name: str
     density: float
-    effective_density: float | None
+    effective_density: float
     live_units: int
     narrowest: int
     log2_paths: float
@@ -123,32 +123,25 @@ def _title(masks: Masks, position: int) -> str:
 def _facts(
     name: str, network: PathNetwork, masks: Masks | None, data: Data | None, eigenvalues: int, probes: int | None
 ) -> MaskFacts:
-    left: Mapping[str, Tensor] | None = masks
     counts = path_counts(network, masks)
     widths = [reached.live_outputs for reached in counts.layers.values()]
-    kernel = PathKernel(network, masks=left)
+    kernel = PathKernel(network, masks=masks)
     level = kernel.log2_trace()
     top: tuple[float, ...] = ()
     if eigenvalues and level > -math.inf:
         top = tuple(kernel.log2_top_eigenvalues(eigenvalues, progress=False).tolist())
-    report = None if masks is None else Report.of(masks, network)
-    on_data = None if data is None else (ntk_trace(network, data, left, probes=probes), _bound(network, data, left))
     return MaskFacts(
         name=name,
-        density=1.0 if report is None else report.density,
-        effective_density=1.0 if report is None else report.effective_density,
+        density=1.0 if masks is None else masks.density,
+        effective_density=counts.effective.density,
         live_units=sum(widths),
         narrowest=min(widths, default=0),
         log2_paths=counts.log2,
         log2_trace=level,
         log2_eigenvalues=top,
-        ntk_trace=None if on_data is None else on_data[0],
-        log2_ntk_bound=None if on_data is None else on_data[1],
+        ntk_trace=None if data is None else ntk_trace(network, data, masks, probes=probes),
+        log2_ntk_bound=None if data is None else ntk_trace_bound(network, data, masks),
     )
-
-
-def _bound(network: PathNetwork, data: Data, masks: Mapping[str, Tensor] | None) -> float:
-    return ntk_trace_bound(network, data, masks)
 
 
 def _short(level: float) -> str:

@@ -481,6 +481,12 @@ def _turned(node: Synapse, weight: Weight) -> bool:
     return node.form != weight.form and node.form in ("linear", "linear_t")
 
 
+def largest_magnitude(rows: Tensor) -> Tensor:
+    """The largest magnitude of each row, of flows that have either sign."""
+    low, high = torch.aminmax(rows, dim=1)
+    return torch.maximum(-low, high)
+
+
 def geometry_of(node: Synapse) -> tuple[Any, ...]:
     """What ``torch.convolution`` takes after the bias."""
     padding = node.output_padding or (0,) * len(node.stride)

@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 from .batches import Batch
-from .flow import PathFlow, geometry_of
+from .flow import PathFlow, geometry_of, largest_magnitude
 from .network import PathNetwork
 from .nodes import Expression, Gate, Node, Norm, Pool, Product, Synapse
 from .ops import WeightMap
@@ -49,11 +49,6 @@ class Recording:
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     gates: Mapping[int, Tensor]
-
-    def sample(self, n: int) -> Recording:
-        """One sample of the batch."""
-        inputs, outputs = (tuple(t[n : n + 1] for t in part) for part in (self.inputs, self.outputs))
-        return Recording(inputs, outputs, {k: gate[n : n + 1] for k, gate in self.gates.items()})
 
 
 def record(network: PathNetwork, batch: Batch, weights: Mapping[str, Tensor], who: str) -> Recording:
@@ -211,10 +206,7 @@ class GatedFlow(PathFlow):
     # --------------------------------------------------------------------------------------------------- signs
 
     def _peak(self, rows: Tensor) -> Tensor:  # type: ignore[override]
-        if not self.any_sign:
-            return super()._peak(rows)
-        low, high = torch.aminmax(rows, dim=1)
-        return torch.maximum(-low, high)
+        return largest_magnitude(rows) if self.any_sign else super()._peak(rows)
 
     def _powered(self, node: Node, expression: Expression) -> Tensor:
         if not self.signed:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from .flow import PathFlow
 from .gates import GatedFlow, Recording
 from .liveness import reach
+from .masks import Masks
 from .network import PathNetwork, as_network
 from .nodes import Input, Norm, Product
 from .ops import WeightMap
@@ -57,7 +58,7 @@ def log2_trace(
         parts = [part.log2_sum() for part in _gradients(quick, masks, policy_of(policy)).values()]
         return float((torch.tensor(parts, dtype=torch.float64) * math.log(2)).logsumexp(0)) / math.log(2)
     weights = weights_of(quick, quick.prunable, (WeightMap.SQUARE, WeightMap.SQUARE), masks=masks)
-    return TangentFlow(quick, weights, policy_of(policy)).slope()[1]
+    return TangentFlow(quick, weights, policy_of(policy)).log2_slope()
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ class PathKernel:
 
     @cached_property
     def _log2_trace(self) -> float:
-        return self._flow.slope()[1]
+        return self._flow.log2_slope()
 
     def trace(self) -> float:
         """The trace, ``sum_p sum_{i in p} (v_p / w_i)^2``; inf beyond the range of float64."""
@@ -205,14 +206,9 @@ class PathKernel:
         Each hidden unit can be rescaled against the next layer without changing a path: one direction in which all
         path values stay. Units that identity connections tie together scale as one.
         """
-        live = {name: self._live(name) for name in self.network.prunable}
+        live = Masks.from_packed(self._reach.packed)
         weights = sum(int(bits.sum()) for bits in live.values())
         return weights - _scalings(walk_graph(self.network), live)
-
-    def _live(self, name: str) -> Tensor:
-        bits, shape = self._reach.packed[name]
-        count = math.prod(shape)
-        return ((bits[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1).flatten()[:count].bool().reshape(shape)
 
     # ------------------------------------------------------------------------------------------------ matvec
 

@@ -11,13 +11,14 @@ Bytes: U and Z are read twice each, the gradient and the product are written onc
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from .flow import PathFlow, geometry_of
+from .flow import PathFlow, geometry_of, largest_magnitude
 from .network import PathNetwork
-from .nodes import Node, Norm, Product, Shift, Synapse
+from .nodes import Constant, Node, Norm, Product, Shift, Synapse
 from .ops import WeightMap
 from .policy import Policy
 from .select import Bracket
@@ -45,31 +46,27 @@ class TangentFlow(PathFlow):
         super().__init__(network, weights, f=WeightMap.SQUARE, policy=policy)
         for k in self._order:
             node = network.nodes[k]
-            if isinstance(node, (Norm, Product)) or (isinstance(node, Shift) and self._fixed[k] is not None):
+            fixed = self._fixed[k]
+            begins = isinstance(node, (Shift, Constant)) and fixed is not None and bool(fixed.any())
+            if isinstance(node, (Norm, Product)) or begins:
                 raise ValueError(f"TangentFlow: wanted a network whose flow is multi-affine, got {node.where}")
         self.sources, self.batched = 2, True
-        self._along: Mapping[str, Tensor] = {}
+        self._along: Mapping[str, Tensor] | None = None  # None: along the masks
         self._sink: Sink | None = None
         self._wants_gradient = True
-        self._only_masks = False
         self._keeps = keep_squares
         self._squares: dict[str, Tensor] = {}
 
-    def slope(self) -> tuple[float, float]:
-        """log2 of R_2, and of its derivative along the mask (the sum of dR_2/du over all weights): forward alone.
+    def log2_slope(self) -> float:
+        """log2 of R_2's derivative along the mask, the sum of dR_2/du over all weights that are left: forward alone.
 
         With nothing pruned, what the direction carries is the same for every unit that leaves: a sum over those that
         enter, which no weight is read for.
         """
-        self._along, self._only_masks = {}, True
-        total = float(self.forward()[0])
-        self._only_masks = False
-        slopes = {k: Scaled(self.values[k].tensor[:, 1:], self.values[k].exponent) for k in self.network.outputs}
-        both, self.values = self.values, slopes
-        slope = float(PathFlow._log2_total(self)[0])
-        self.values = both
+        self._along = None
+        self.forward()
         self._saved.clear()
-        return total, slope
+        return float(self._log2_of(1)[0])
 
     def run(self, along: Mapping[str, Tensor], sink: Sink, gradient: bool = True) -> float:
         """One forward and one backward sweep; returns log2 R_2.
@@ -85,15 +82,15 @@ class TangentFlow(PathFlow):
         self._sink = None
         return total
 
-    # A derivative has either sign.
-    @staticmethod
-    def _peak(rows: Tensor) -> Tensor:
-        low, high = torch.aminmax(rows, dim=1)
-        return torch.maximum(-low, high)
+    _peak = staticmethod(largest_magnitude)  # a derivative has either sign
 
     def _log2_total(self) -> Tensor:
-        both = self.values
-        self.values = {k: Scaled(both[k].tensor[:, :1], both[k].exponent) for k in self.network.outputs}
+        return self._log2_of(0)
+
+    def _log2_of(self, which: int) -> Tensor:
+        """log2 of the sum at the outputs, of the flow (0) or of its derivative (1)."""
+        both, one = self.values, slice(which, which + 1)
+        self.values = {k: replace(both[k], tensor=both[k].tensor[:, one]) for k in self.network.outputs}
         result = super()._log2_total()
         self.values = both
         return result
@@ -103,8 +100,6 @@ class TangentFlow(PathFlow):
         tensor = flow.tensor.clone()
         tensor[:, 1] = 0
         return Scaled(tensor, flow.exponent)
-
-    _forward_constant = _forward_input  # unreachable in effect: biases that flow were refused
 
     def _outgoing(self, k: int) -> Scaled:
         flow = super()._outgoing(k)
@@ -120,7 +115,7 @@ class TangentFlow(PathFlow):
 
     def _direction(self, weight: Weight) -> Tensor | None:
         """The direction of a weight's u; None for ones everywhere."""
-        if not self._only_masks:
+        if self._along is not None:
             return self._along[weight.name].to(self.device, self.dtype)
         if not weight.scored:
             return torch.zeros(weight.shape, dtype=self.dtype, device=self.device)
