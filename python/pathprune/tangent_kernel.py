@@ -41,7 +41,8 @@ def ntk(model: nn.Module | PathNetwork, x: Tensor, masks: Masks | None = None, *
         ValueError: activations that have no gate, norms without running statistics, a hand-made network.
     """
     network = as_network(model, x[:1] if example_input is None else example_input)
-    rows = [torch.stack(list(_gradients(network, x[n : n + 1], masks))) for n in range(len(x))]
+    batch = Batch((x,), {}, None)
+    rows = [torch.stack(list(_gradients(network, batch.part(n, n + 1), masks))) for n in range(len(x))]
     jacobian = torch.stack(rows)  # [n, outputs, weights]
     flat = jacobian.flatten(0, 1)
     return (flat @ flat.T).unflatten(1, jacobian.shape[:2]).unflatten(0, jacobian.shape[:2])
@@ -66,12 +67,12 @@ def ntk_trace(
     require_reiterable(data, "ntk_trace")
     if probes is not None and probes < 1:
         raise ValueError(f"ntk_trace: probes: wanted at least 1, got {probes}")
-    network = as_network(model, _first_sample(data) if example_input is None else example_input)
+    network = as_network(model, _first_input(data) if example_input is None else example_input)
     generator = torch.Generator().manual_seed(seed)
     total = 0.0
     for batch in stream(data, "ntk_trace", network.device):
         for n in range(batch.size):
-            sample = batch.args[0][n : n + 1]
+            sample = batch.part(n, n + 1)
             made = _gradients(network, sample, masks, None if probes is None else (probes, generator))
             squares = sum(float(row.square().sum()) for row in made)
             total += squares if probes is None else squares / probes
@@ -92,7 +93,7 @@ def path_activations(
         float64 [n, n, outputs] (paths to different outputs have none in common). Biases begin no path.
     """
     network = as_network(model, x[:1])
-    recording = _recorded(network, x, masks, "path_activations")
+    recording = _recorded(network, Batch((x,), {}, None), masks, "path_activations")
     if not full:
         return torch.cat([_log2(flow) for flow in _open_paths(network, recording, masks)], 1)
     n = len(x)
@@ -110,10 +111,10 @@ def ntk_trace_bound(model: nn.Module | PathNetwork, data: Data, masks: Masks | N
     The data factor's diagonal times the path kernel's trace, output by output. Of networks whose biases are zero.
     """
     require_reiterable(data, "ntk_trace_bound")
-    network = as_network(model, _first_sample(data))
+    network = as_network(model, _first_input(data))
     totals: list[Tensor] | None = None
     for batch in stream(data, "ntk_trace_bound", network.device):
-        recording = _recorded(network, batch.args[0], masks, "ntk_trace_bound")
+        recording = _recorded(network, batch, masks, "ntk_trace_bound")
         levels = [_log2(flow) for flow in _open_paths(network, recording, masks)]
         found = [(level * math.log(2)).logsumexp(0) / math.log(2) for level in levels]
         totals = found if totals is None else [torch.logaddexp2(a, b) for a, b in zip(totals, found, strict=True)]
@@ -134,18 +135,15 @@ def ntk_trace_bound(model: nn.Module | PathNetwork, data: Data, masks: Masks | N
     return float(bound)
 
 
-def _first_sample(data: Data) -> Tensor:
+def _first_input(data: Data) -> Any:
     for batch in data:
-        return (batch[0] if isinstance(batch, (tuple, list)) else batch)[:1]
+        return batch[0] if isinstance(batch, (tuple, list)) else batch
     raise ValueError("data: wanted at least one batch, got none")
 
 
-def _masked(network: PathNetwork, masks: Masks | None) -> dict[str, Tensor]:
-    return {name: network.tensors[name].detach() * mask for name, mask in (masks or {}).items()}
-
-
-def _recorded(network: PathNetwork, x: Tensor, masks: Masks | None, who: str) -> Recording:
-    return record(network, Batch((x,), {}, None), _masked(network, masks), who)
+def _recorded(network: PathNetwork, batch: Batch, masks: Masks | None, who: str) -> Recording:
+    masked = {name: network.tensors[name].detach() * mask for name, mask in (masks or {}).items()}
+    return record(network, batch, masked, who)
 
 
 def _open_paths(
@@ -188,7 +186,7 @@ def _double(flow: Scaled) -> Tensor:
 
 def _gradients(
     network: PathNetwork,
-    sample: Tensor,
+    sample: Batch,
     masks: Masks | None,
     probes: tuple[int, torch.Generator] | None = None,
 ) -> Iterator[Tensor]:
@@ -200,9 +198,10 @@ def _gradients(
     flow.forward()
     outputs = [(k, n) for k in network.outputs for n in range(flow.values[k].tensor.numel())]
     _check_outputs(flow, network, recording)
-    for leaving in _leaving(flow, network, outputs, probes):
+    for position, leaving in enumerate(_leaving(flow, network, outputs, probes)):
+        if position:
+            flow.forward()  # the backward flow has used up what the forward one kept
         flow.leaving = leaving
-        flow.forward()
         flow.backward()
         yield torch.cat([_slope(weights[name]) for name in network.prunable])
 
