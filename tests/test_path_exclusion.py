@@ -221,7 +221,7 @@ def test_exact_variant_against_a_loop_over_samples():
         ):
             wanted[name] += (gradient * model.get_parameter(name)).square().detach()
     for name in WEIGHTS:
-        torch.testing.assert_close(found.double(name), wanted[name], rtol=1e-10, atol=1e-14)
+        torch.testing.assert_close(found.double(name), wanted[name] / 5, rtol=1e-10, atol=1e-14)
 
 
 @pytest.mark.parametrize("pruner", [lambda d: pp.PX(d, rounds=2), lambda d: pp.PX(d, "released", rounds=2), pp.PXExact])
@@ -276,15 +276,15 @@ def test_bad_data():
         pp.PX([x], variant="head")
     with pytest.raises(ValueError, match=r"wanted batches \(x, y\), got x alone"):
         run(pp.PXExact([x]))
-    with pytest.raises(ValueError, match="labels below the number of outputs, got 3"):
+    with pytest.raises(ValueError, match=r"labels in \[0, 3\), got 3 in batch 0"):
         run(pp.PXExact([(x, torch.tensor([0, 1, 2, 3]))]))
-    with pytest.raises(ValueError, match="labels >= 0, got -1"):
+    with pytest.raises(ValueError, match=r"labels in \[0, 3\), got -1"):
         run(pp.PXExact([(x, torch.tensor([0, 1, 2, -1]))]))
     by_hand = PathNetwork()
     out = by_hand.add_synapse(by_hand.add_input(1, 2), torch.ones(2, 2), "w")
     by_hand.set_outputs(out)
     for pruner in (pp.PX([x], rounds=1), pp.PX([x], "released"), pp.PXExact([(x, torch.zeros(4).long())])):
-        with pytest.raises(ValueError, match="made by hand"):
+        with pytest.raises(ValueError, match="by hand"):
             pp.prune(by_hand, pruner, density=0.5)
     shifted = nn.Sequential(nn.Linear(3, 3), nn.Sigmoid(), nn.Linear(3, 2))
     with pytest.raises(ValueError, match="activations through zero, got sigmoid"):

@@ -32,7 +32,7 @@ from ..ops import WeightMap
 from ..select import Bracket
 from ..weights import Weight
 from .base import Pruner, Scorer
-from .objective import Accumulator, ModelCall, Point, logits_of, masked
+from .objective import Accumulator, ModelCall, Point, batch_norm_arguments, logits_of, masked
 
 INITIALISATIONS = ("he", "present")
 
@@ -153,21 +153,8 @@ class RecalibratedNorms(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.batch_norm:
-            return _batch_statistics(*args, **(kwargs or {}))
+            return func(**batch_norm_arguments(args, kwargs) | {"training": True, "momentum": 1.0})
         return func(*args, **(kwargs or {}))
-
-
-def _batch_statistics(
-    x: Tensor,  # [n, channels, ...]
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    return F.batch_norm(x, running_mean, running_var, weight, bias, training=True, momentum=1.0, eps=eps)
 
 
 def kernel_sensitivity(call: ModelCall, draws: Draws) -> Point:

@@ -38,6 +38,14 @@ def cross_entropy(output: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(output, target)
 
 
+def labelled_output(output: Tensor, target: Tensor) -> Tensor:
+    """Mean over the batch of the output that each label int64 ``[n]`` names, of logits ``[n, classes]``."""
+    return output.gather(1, target[:, None]).mean()
+
+
+_OF_LABELS = (cross_entropy, labelled_output)  # losses whose labels can be checked before they are used
+
+
 @dataclass(frozen=True)
 class DataPruner(Pruner):
     """A method that scores weights by derivatives of a loss on data.
@@ -190,7 +198,7 @@ class Objective(ModelCall):
         logits = logits_of(output)
         if self.temperature != 1.0:
             logits = logits / self.temperature
-        if check and self.of_output is cross_entropy:
+        if check and self.of_output in _OF_LABELS:
             check_labels(self.who, logits, batch.target, position)
         return self.of_output(logits, batch.target)
 
@@ -252,6 +260,14 @@ class Accumulator:
                 self.sums[name] = torch.zeros(leaf.shape, dtype=score_dtype(leaf), device=leaf.device)
             self.sums[name].div_(self.samples)
         return self.sums
+
+
+_BATCH_NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+
+
+def batch_norm_arguments(args: Any, kwargs: Any) -> dict[str, Any]:
+    """What ``F.batch_norm`` was called with, by name."""
+    return dict(zip(_BATCH_NORM, args, strict=False)) | (kwargs or {})
 
 
 class FrozenNorms(TorchFunctionMode):

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from .. import ops
@@ -36,6 +36,8 @@ from ..select import Bracket
 from ..tracer import evaluating
 from ..weights import Scaled, Weight, power_of_two, weights_of
 from .base import Pruner, Scorer
+from .objective import Loss, batch_norm_arguments, labelled_output, logits_of
+from .sensitivity import Fisher
 
 _GATES = 1 << 26  # gates that are held at once
 
@@ -183,9 +185,6 @@ def _log2_product(flow: PathFlow, network: PathNetwork) -> float:
 # ---------------------------------------------------------------------------------------------- as released
 
 
-_BATCH_NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
-
-
 class _Gated(TorchFunctionMode):
     """Runs a model with its ReLUs recorded, replayed or open, and batch norm by batch statistics if asked."""
 
@@ -204,9 +203,8 @@ class _Gated(TorchFunctionMode):
                 return out
             return args[0] if self.replay is None else args[0] * next(self.replay)
         if func is F.batch_norm and self.batch_statistics:
-            given = dict(zip(_BATCH_NORM, args, strict=False)) | kwargs
-            given.update(running_mean=None, running_var=None, training=True)
-            return func(**given)
+            own = {"running_mean": None, "running_var": None, "training": True}
+            return func(**batch_norm_arguments(args, kwargs) | own)
         return func(*args, **kwargs)
 
 
@@ -221,7 +219,7 @@ def _released(network: PathNetwork, weights: Mapping[str, Weight], data: Data) -
 
     def call(tensors: Mapping[str, Tensor], batch: Batch, mode: _Gated) -> Tensor:
         with mode:
-            return _first_output(functional_call(model, dict(tensors), batch.args, dict(batch.kwargs)))
+            return logits_of(functional_call(model, dict(tensors), batch.args, dict(batch.kwargs)))
 
     def score(guess: Bracket | None) -> None:
         masks = {name: weight.bits().to(network.device) for name, weight in weights.items()}
@@ -239,11 +237,11 @@ def _released(network: PathNetwork, weights: Mapping[str, Weight], data: Data) -
                 call(real, batch, _Gated(None, gates, False))
                 if not gates:
                     raise ValueError("PX: model: variant 'released' wants ReLUs, got a model without; use 'paper'")
-                squares = Batch(tuple(map(_square, batch.args)), batch.kwargs, None)
+                squares = _with_inputs(batch, torch.square)
                 reach = reach + call(plain, squares, _Gated(iter(gates), None, True)).sum(0, dtype=torch.float64)
                 like = batch
         assert like is not None
-        ones = Batch(tuple(torch.ones_like(a[:1]).expand(2, *a.shape[1:]) for a in like.args), {}, None)
+        ones = _with_inputs(like, lambda a: torch.ones_like(a[:1]).expand(2, *a.shape[1:]))
         leaves = {name: squared[name].requires_grad_() for name in weights}
         with torch.enable_grad(), evaluating(model):
             out = call({**squared, **leaves}, ones, _Gated(None, None, True))[0]
@@ -256,8 +254,13 @@ def _released(network: PathNetwork, weights: Mapping[str, Weight], data: Data) -
     return score
 
 
-def _square(a: Any) -> Any:
-    return a.square() if isinstance(a, Tensor) and a.is_floating_point() else a
+def _with_inputs(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
+    """The batch with its floating-point inputs changed."""
+
+    def changed(a: Any) -> Any:
+        return change(a) if isinstance(a, Tensor) and a.is_floating_point() else a
+
+    return Batch(tuple(map(changed, batch.args)), {key: changed(a) for key, a in batch.kwargs.items()}, None)
 
 
 def _head(network: PathNetwork, model: nn.Module) -> set[int]:
@@ -273,79 +276,23 @@ def _head(network: PathNetwork, model: nn.Module) -> set[int]:
     return set()
 
 
-def _first_output(out: Any) -> Tensor:
-    """The logits of a model, whatever it wraps them in."""
-    if isinstance(out, Tensor):
-        return out
-    logits = getattr(out, "logits", None)
-    return logits if logits is not None else next(iter(out.values() if isinstance(out, Mapping) else out))
-
-
 # ------------------------------------------------------------------------------------------------------ PXact
 
 
 @dataclass(frozen=True)
-class PXExact(Pruner):
-    """Keeps the weights with most of the NTK's diagonal: ``S_i = w_i^2 sum_n (d f_{y_n}(x_n) / d w_i)^2``.
+class PXExact(Fisher):
+    """Keeps the weights with most of the NTK's diagonal: ``S_i = w_i^2 mean_n (d f_{y_n}(x_n) / d w_i)^2``.
 
-    The per-sample gradient of the labelled output, squared: what the bound of :class:`PX` stands for.
+    What the bound of :class:`PX` stands for; and :class:`Fisher` of the labelled output in place of a loss, so the sum
+    is made as a mean.
 
     Args:
         data: a re-iterable of batches ``(x, y)``, y int64 [N] class labels.
-        chunk: samples whose gradients are held at once; None: as many as fit into 256 MB.
+        chunk: see :class:`Fisher`.
 
     Raises:
         TypeError: data that can be read only once.
         ValueError: no batches, no labels, labels out of range, NaN inputs or gradients, a hand-made network.
     """
 
-    data: Data = field(compare=False)
-    chunk: int | None = field(default=None, kw_only=True)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_reiterable(self.data, "PXExact")
-
-    def scorer(self, network: PathNetwork, weights: Mapping[str, Weight], seed: int) -> Scorer:
-        model = network.model
-        if model is None:
-            raise ValueError("PXExact: model: wanted one that was read from a module, got a PathNetwork made by hand")
-        fixed = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-
-        def labelled(leaves: dict[str, Tensor], args: tuple[Tensor, ...], label: Tensor) -> Tensor:
-            out = _first_output(functional_call(model, {**fixed, **leaves}, tuple(a[None] for a in args)))
-            return out[0].gather(0, label[None])[0]
-
-        def score(guess: Bracket | None) -> None:
-            masks = {name: w.bits().to(network.device) for name, w in weights.items() if w.scored}
-            leaves = {name: network.tensors[name].detach() * mask for name, mask in masks.items()}
-            totals = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
-            size = sum(leaf.numel() for leaf in leaves.values())
-            chunk = self.chunk or max(1, (64 << 20) // max(size, 1))
-            with evaluating(model):
-                for batch in stream(self.data, "PXExact", network.device, needs_target=True):
-                    self._check_labels(batch, leaves, labelled)
-                    for at in range(0, batch.size, chunk):
-                        args = tuple(a[at : at + chunk] for a in batch.args)
-                        label = batch.target[at : at + chunk]
-                        made = vmap(grad(labelled), in_dims=(None, 0, 0), randomness="different")(leaves, args, label)
-                        for name, gradient in made.items():
-                            totals[name].add_(gradient.square_().sum(0))
-            for name, total in totals.items():
-                weights[name].replace_scores(total.mul_(leaves[name].square()))
-
-        return score
-
-    @staticmethod
-    def _check_labels(batch: Batch, leaves: dict[str, Tensor], labelled: Callable) -> None:
-        y = batch.target
-        if not isinstance(y, Tensor) or y.is_floating_point() or y.dim() != 1 or len(y) != batch.size:
-            raise ValueError(f"PXExact: data: wanted one integer label for each of {batch.size} samples")
-        with torch.no_grad():
-            try:
-                top = int(y.max())
-                labelled(leaves, tuple(a[0] for a in batch.args), y.new_tensor(max(top, 0)))
-            except (RuntimeError, IndexError) as error:
-                raise ValueError(f"PXExact: data: wanted labels below the number of outputs, got {top}") from error
-        if int(y.min()) < 0:
-            raise ValueError(f"PXExact: data: wanted labels >= 0, got {int(y.min())}")
+    loss: Loss = field(default_factory=lambda: labelled_output, init=False, compare=False)

@@ -110,9 +110,9 @@ class Fisher(DataPruner):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.train_mode:
-            raise ValueError("Fisher: train_mode: wanted False (samples are taken one by one), got True")
+            raise ValueError(f"{self.name}: train_mode: wanted False (samples are taken one by one), got True")
         if self.chunk is not None and self.chunk < 1:
-            raise ValueError(f"Fisher: chunk: wanted at least 1, got {self.chunk}")
+            raise ValueError(f"{self.name}: chunk: wanted at least 1, got {self.chunk}")
 
     def scorer(self, network: PathNetwork, weights: Mapping[str, Weight], seed: int) -> Scorer:
         objective = Objective(self, network, weights, seed)
