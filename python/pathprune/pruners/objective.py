@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from .. import ops
 from ..batches import Batch, Data, require_reiterable, stream
 from ..network import PathNetwork
 from ..ops import WeightMap
@@ -309,7 +310,8 @@ def masked(value: Tensor, weight: Weight) -> Tensor:
     """``value`` with the weights that are gone set to 0; itself where none is."""
     if weight.mask is None:
         return value
-    return value.masked_fill(~weight.bits().to(value.device), 0)
+    rows = value.contiguous().reshape(weight.groups, -1, weight.columns)
+    return ops.masked_weight(rows, weight.mask, WeightMap.IDENTITY).reshape(value.shape).to(value.dtype)
 
 
 def score_dtype(tensor: Tensor) -> torch.dtype:

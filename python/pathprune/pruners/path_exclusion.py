@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
-from .. import ops
 from ..batches import Batch, Data, require_reiterable, stream
 from ..flow import PathFlow
 from ..gates import GatedFlow, record
@@ -36,7 +35,7 @@ from ..select import Bracket
 from ..tracer import evaluating
 from ..weights import Scaled, Weight, power_of_two, weights_of
 from .base import Pruner, Scorer
-from .objective import Loss, batch_norm_arguments, labelled_output, logits_of
+from .objective import Loss, batch_norm_arguments, labelled_output, logits_of, masked
 from .sensitivity import Fisher
 
 _GATES = 1 << 26  # gates that are held at once
@@ -121,10 +120,10 @@ class DataFactor:
     def __call__(self) -> list[Scaled]:
         for name, weight in self.weights.items():
             weight.follow(self.leaders[name])
-        masked = masked_tensors(self.network, self.leaders)
+        real = {name: masked(self.network.tensors[name].detach(), weight) for name, weight in self.weights.items()}
         totals: list[Scaled] | None = None
         for batch in self._pieces():
-            recording = record(self.network, batch, masked, "PX")
+            recording = record(self.network, batch, real, "PX")
             squares = [x.square() for x in recording.inputs]
             flow = GatedFlow(self.network, self.weights, recording, self.policy, source=squares)
             flow.forward()
@@ -141,19 +140,6 @@ class DataFactor:
         for batch in stream(self.data, "PX", self.network.device):
             for at in range(0, batch.size, size):
                 yield batch.part(at, at + size)
-
-
-def masked_tensors(network: PathNetwork, weights: Mapping[str, Weight]) -> dict[str, Tensor]:
-    """``w * mask`` of every weight that has lost some, in the model's own type."""
-    made = {}
-    for name, weight in weights.items():
-        weight.settle()
-        if weight.mask is not None:
-            tensor = network.tensors[name]
-            rows = tensor.detach().contiguous().reshape(weight.groups, -1, weight.columns)
-            kept = ops.masked_weight(rows, weight.mask, WeightMap.IDENTITY)
-            made[name] = kept.reshape(tensor.shape).to(tensor.dtype)
-    return made
 
 
 def _summed(flow: Scaled) -> Scaled:
