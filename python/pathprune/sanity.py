@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,14 +24,13 @@ from torch import Tensor, nn
 from . import ops
 from .batches import Data, require_reiterable
 from .network import PathNetwork
-from .ops import WeightMap
-from .pruners.base import Pruner, Scorer, require_scores
+from .pruners.base import Scorer, Wrapper
 from .select import Bracket
 from .weights import Weight
 
 
 @dataclass(frozen=True)
-class Inverted(Pruner):
+class Inverted(Wrapper):
     """Keeps the weights with the LOWEST scores of a method, in every round of it. Zero scores are the lowest but for
     negative ones.
 
@@ -44,24 +43,6 @@ class Inverted(Pruner):
     Raises:
         TypeError: a base that takes weights without scoring them (PHEW).
     """
-
-    base: Pruner
-    rounds: int = field(default=0, kw_only=True)
-
-    def __post_init__(self) -> None:
-        require_scores(self.base, "Inverted")
-        object.__setattr__(self, "rounds", self.base.rounds)
-
-    @property
-    def wants_merged_positions(self) -> bool:
-        return self.base.wants_merged_positions
-
-    @property
-    def maps(self) -> tuple[WeightMap, WeightMap]:
-        return self.base.maps
-
-    def config(self) -> dict[str, Any]:
-        return {**super().config(), "base": {"method": self.base.name, **self.base.config()}}
 
     def scorer(self, network: PathNetwork, weights: Mapping[str, Weight], seed: int) -> Scorer:
         base = self.base.scorer(network, weights, seed)

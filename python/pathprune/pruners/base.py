@@ -88,6 +88,37 @@ def require_scores(pruner: object, who: str) -> None:
 
 
 @dataclass(frozen=True)
+class Wrapper(Pruner):
+    """A method that makes something else of another's scores; its rounds are the other's.
+
+    Raises:
+        TypeError: a base that takes weights without scoring them (PHEW).
+    """
+
+    base: Pruner
+    rounds: int = field(default=0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        require_scores(self.base, self.name)
+        object.__setattr__(self, "rounds", self.base.rounds)
+
+    @property
+    def wants_merged_positions(self) -> bool:
+        return self.base.wants_merged_positions
+
+    @property
+    def maps(self) -> tuple[WeightMap, WeightMap]:
+        return self.base.maps
+
+    @property
+    def regrows(self) -> bool:
+        return self.base.regrows
+
+    def config(self) -> dict[str, Any]:
+        return {**super().config(), "base": {"method": self.base.name, **self.base.config()}}
+
+
+@dataclass(frozen=True)
 class PathPruner(Pruner):
     """A method whose score is the sum over paths through a weight."""
 

@@ -14,22 +14,20 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .. import ops
 from ..network import PathNetwork
-from ..ops import WeightMap
 from ..select import Bracket, NonFiniteScoreError, Real, Threshold
 from ..weights import Weight
-from .base import Pruner, Round, Scorer, Selection, require_scores, run
+from .base import Round, Scorer, Selection, Wrapper, run
 
 
 @dataclass(frozen=True)
-class Sketch(Pruner):
+class Sketch(Wrapper):
     """Samples the mask with probabilities in proportion to ``score^(1/temperature)``.
 
     Args:
@@ -50,32 +48,14 @@ class Sketch(Pruner):
         ValueError: a temperature that is not positive and finite.
     """
 
-    base: Pruner
     temperature: float = 1.0
     every_round: bool = False
     replacement: bool = False
-    rounds: int = field(default=0, kw_only=True)
 
     def __post_init__(self) -> None:
-        require_scores(self.base, "Sketch")
+        super().__post_init__()
         if not self.temperature > 0 or math.isinf(self.temperature):
             raise ValueError(f"Sketch: temperature: wanted a positive number, got {self.temperature}")
-        object.__setattr__(self, "rounds", self.base.rounds)
-
-    @property
-    def wants_merged_positions(self) -> bool:
-        return self.base.wants_merged_positions
-
-    @property
-    def maps(self) -> tuple[WeightMap, WeightMap]:
-        return self.base.maps
-
-    @property
-    def regrows(self) -> bool:
-        return self.base.regrows
-
-    def config(self) -> dict[str, Any]:
-        return {**super().config(), "base": {"method": self.base.name, **self.base.config()}}
 
     def scorer(self, network: PathNetwork, weights: Mapping[str, Weight], seed: int) -> Scorer:
         return self._scorer(network, weights, seed, self.rounds)
