@@ -97,8 +97,11 @@ class Weight:
         self.uses, self.scored, self.form = uses, scored, synapse.form
         self._pack_below = compact * tensor.numel()
         self.members = tensor.shape[0] if ensemble else 1
-        self.groups = self.members * (synapse.groups if synapse.form in ("conv", "rows") else 1)
+        is_grouped = synapse.form in ("conv", "rows", "experts", "experts_t")
+        self.groups = self.members * (synapse.groups if is_grouped else 1)
         rows = tensor.shape[1 if ensemble else 0] * self.members // self.groups
+        if synapse.form.startswith("experts"):
+            rows = tensor.shape[-2]
         self.dense: Tensor | None = tensor.detach().contiguous().reshape(self.groups, rows, -1)
         self.columns = self.dense.shape[-1] if self.dense.numel() else 0
         self.mask = None if mask is None else ops.mask_pack(mask.to(tensor.device).reshape(self.dense.shape))
@@ -114,7 +117,7 @@ class Weight:
     @property
     def transposed(self) -> bool:
         """Whether the flow enters at the rows of the stored tensor."""
-        return self.form in ("linear_t", "conv_transpose")
+        return self.form in ("linear_t", "conv_transpose", "experts_t")
 
     def _source(self, x: Tensor | None, g: Tensor | None, exponent: int) -> Scores:
         """The streamed scores made of flows at the columns (x) and at the rows (g)."""
@@ -138,7 +141,7 @@ class Weight:
             self.uses == 1
             and self.members == 1
             and positions <= STREAMED_POSITIONS
-            and self.form in ("linear", "linear_t", "rows")
+            and not self.form.startswith("conv")
         )
 
     def forward_rows(self, x: Tensor, turned: bool = False) -> Tensor:
