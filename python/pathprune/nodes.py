@@ -156,3 +156,8 @@ class Softmax(Node):
 
     added: Expression = field(kw_only=True)
     dim: int = field(kw_only=True)
+
+    def attended(self, tensors: Tensors) -> Tensor:
+        """P0, float64; nothing below what float32 can tell from zero, nor in a row that may attend to nothing."""
+        weights = self.added(tensors).double().softmax(self.dim).nan_to_num(0.0)
+        return torch.where(weights > 2.0**-126, weights, 0.0)
