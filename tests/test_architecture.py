@@ -29,7 +29,7 @@ FLOORS = [
     {"walk_reference"},
     {"ops", "sparse_ops", "masked", "rules", "norm_rules", "attention_rules", "tracer", "masks"},
     {"walk_ops"},
-    {"network", "select", "sparse", "pruned_convolution", "bias_masks"},
+    {"network", "position_classes", "select", "sparse", "pruned_convolution", "bias_masks"},
     {"walk_graph", "walk_masks", "path_links", "mean_field", "rescaling", "gradient_moments"},
     {"walk_tables"},
     {"walks"},

@@ -119,7 +119,8 @@ class PathFlow(ScaledArithmetic):
             value = self._powered(node, node.value)
             return value if bool(value.any()) else None
         if isinstance(node, kinds.Softmax):
-            return self._powered(node, node.attended, keeps_zeros=True)
+            weights = self._powered(node, node.weights, keeps_zeros=True)
+            return weights if node.repeats is None else weights * node.repeats.to(weights)
         if isinstance(node, kinds.Constant):
             value = self._powered(node, node.value)
             return torch.zeros_like(value) if drops_biases else value

@@ -80,7 +80,7 @@ def prune(
         raise TypeError(f"prune: pruner: wanted a pruner such as SynFlow(), got {type(pruner).__name__}")
     network = as_network(model, example_input)
     names = network.select(include, exclude)
-    quick = merge_equal_positions(network) if pruner.wants_merged_positions else network
+    quick = merge_equal_positions(network, pruner.merged_under) if pruner.merged_under else network
     share = (0.25 if compact else 0.0) if isinstance(compact, bool) else float(compact)
     regrow = pruner.regrows if allow_regrowth is None else allow_regrowth
     weights = weights_of(quick, names, pruner.maps, compact=0.0 if regrow else share)
@@ -91,7 +91,7 @@ def prune(
 
     snapshots: list[dict[str, tuple[Tensor, torch.Size]]] = []
     structures: list[Reach] = []
-    reachable = quick if pruner.wants_merged_positions else merge_equal_positions(network)
+    reachable = merge_equal_positions(network, "paths")
 
     def snapshot(which: int) -> None:
         snapshots.append({name: (weights[name].packed_bits(), shapes[name]) for name in names})

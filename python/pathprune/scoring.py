@@ -78,7 +78,7 @@ def scores(
 
 def _one(network: PathNetwork, method: Pruner, masks: Masks | None, seed: int) -> NetworkScores:
     names = network.select()
-    quick = merge_equal_positions(network) if method.wants_merged_positions else network
+    quick = merge_equal_positions(network, method.merged_under) if method.merged_under else network
     weights = weights_of(quick, names, method.maps, masks=masks)
     total = method.scorer(quick, weights, seed)(None)
     tensors, exponents = {}, {}
@@ -107,7 +107,8 @@ def _ensemble(
         stacked[name] = torch.stack([entry[name].detach() for entry in sets])
     if masks is not None:
         masks = {name: masks[name].expand(len(sets), *masks[name].shape) for name in masks}  # type: ignore[assignment]
-    quick = merge_equal_positions(network) if method.wants_merged_positions else network
+    policy = method.merged_under
+    quick = merge_equal_positions(network, policy, fixed=False) if policy else network
     weights = weights_of(quick, names, method.maps, masks=masks, tensors=stacked)
     policy, source = policy_of(method.policy), method.source()
     flow = PathFlow(quick, weights, f=method.maps[0], policy=policy, source=source, members=sets)

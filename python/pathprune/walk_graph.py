@@ -209,7 +209,7 @@ class _Reader:
         held = []  # what the other factor is
         for i in node.inputs:
             partner, ones = self.network.nodes[i], torch.ones((), dtype=torch.float64)
-            value = partner.attended(self.network.tensors).cpu() if isinstance(partner, kinds.Softmax) else ones
+            value = partner.weights(self.network.tensors).cpu() if isinstance(partner, kinds.Softmax) else ones
             held.append(value.expand(partner.shape))
 
         def apply(slot: int, flow: Tensor) -> Tensor:

@@ -38,9 +38,9 @@ class Pruner:
         return self.rounds
 
     @property
-    def wants_merged_positions(self) -> bool:
-        """Whether equal positions of a constant source may be computed once (see ``spatial``)."""
-        return False
+    def merged_under(self) -> Policy | None:
+        """The policy under which equal positions may be computed once (see ``spatial``); None: they may not."""
+        return None
 
     @property
     def regrows(self) -> bool:
@@ -103,8 +103,8 @@ class Wrapper(Pruner):
         object.__setattr__(self, "rounds", self.base.rounds)
 
     @property
-    def wants_merged_positions(self) -> bool:
-        return self.base.wants_merged_positions
+    def merged_under(self) -> Policy | None:
+        return self.base.merged_under
 
     @property
     def maps(self) -> tuple[WeightMap, WeightMap]:
@@ -134,8 +134,8 @@ class PathPruner(Pruner):
         return None
 
     @property
-    def wants_merged_positions(self) -> bool:
-        return self.source() is None
+    def merged_under(self) -> Policy | None:
+        return policy_of(self.policy) if self.source() is None else None
 
     def scorer(self, network: PathNetwork, weights: Mapping[str, Weight], seed: int) -> Scorer:
         flow = PathFlow(network, weights, f=self.maps[0], policy=policy_of(self.policy), source=self.source())

@@ -77,8 +77,8 @@ class PX(Pruner):
             raise ValueError(f"PX: variant: wanted 'paper' or 'released', got {self.variant!r}")
 
     @property
-    def wants_merged_positions(self) -> bool:
-        return self.variant == "paper"
+    def merged_under(self) -> Policy | None:
+        return policy_of(self.policy) if self.variant == "paper" else None
 
     @property
     def maps(self) -> tuple[WeightMap, WeightMap]:
