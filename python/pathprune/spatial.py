@@ -295,7 +295,7 @@ class _Merger:
         e = self._expanded(entering, split)
         maps = {}
         for old, new in groups:
-            mapped = [axis for axis in old if axis in e.maps]
+            mapped = [axis for axis in old if axis in e.maps and before[axis] > 1]
             if not mapped:
                 continue
             pairs = torch.zeros(1, dtype=torch.int64)
