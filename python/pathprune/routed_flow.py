@@ -1,0 +1,387 @@
+"""Path flow through a supernet for many architectures at once: each is a choice of switches that are open.
+
+A supernet is a ``PathNetwork`` whose ``Scale`` nodes of kind ``switch`` let the flow of some architectures pass and end
+that of the others. All architectures share its weights, so they are the rows of one product: a weight is read once for
+all of them. Nothing is computed for an architecture that a node does not matter to (no path leads to it, or none on
+from it), and nothing twice: at every node, architectures that agree on all that lies before share a row. Which rows
+those are is decided before any flow, from the switches alone.
+
+Forward flow is all a network's total needs. With R the sum over paths of their values, the sum of all weights' scores
+is the derivative of R along the weights: each path counted once for every weight on it. It travels beside the flow:
+
+    a' = W a,    b' = W (a + b)           for the sum of scores: sum_ij f(w_ij) dR/df(w_ij)
+    a' = U a,    b' = U b + 1 a           for the path kernel's trace: sum_ij dR_2/du_ij, u = w^2
+
+so a layer costs two flows an architecture and no backward pass. Fixed linear maps serve both alike. For the sum of
+scores c = a + b travels in place of b: then ``c' = W c + a'``, one product and an addition to what it wrote.
+
+Numbers never overflow: each row has its exponent, weights are scaled by a power of two to row sums below 1 (so a layer
+makes nothing larger, nor much smaller), sums bring their inputs to the largest exponent, and every few layers a row is
+brought back to a maximum near 1. Biases and shifts begin no path. Gates are open.
+
+Bytes: every feature map is written once and read once by each consumer, in the layout convolutions read fastest
+(channels last); weights are read once a call. Rows are rounded up to a multiple of eight, because a convolution is
+prepared anew for every size of batch it has not seen, which takes as long as some small ones. Oracle: the same architectures one by one, by ``PathFlow`` in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import nodes as kinds
+from .flow import NOTHING, POWERS, PathFlow, geometry_of
+from .network import PathNetwork
+from .ops import WeightMap
+from .policy import Policy
+from .pooling import pooled
+from .reference import map_weight
+from .weights import power_of_two, weights_of
+
+DERIVATIVES = ("none", "weights", "squares")
+_DRIFT = 6  # layers and sums after which rows are brought back to a maximum near 1
+_MULTIPLE = 8  # rows are rounded up to so many, where there are several times more architectures
+
+
+@dataclass(frozen=True)
+class Totals:
+    """One entry per architecture, float64 on the CPU.
+
+    Attributes:
+        log2_R: log2 of the sum over all paths; -inf where none is left.
+        log2_slope: log2 of its derivative; -inf where no path has a weight. None where it was not asked for.
+    """
+
+    log2_R: Tensor
+    log2_slope: Tensor | None
+
+
+@dataclass
+class _Rows:
+    """A node's values for the architectures that need it: ``tensor * 2^exponent``."""
+
+    tensor: Tensor  # [rows, ...]: ``count`` times 1 or 2 flows, then rows that do not count; feature maps channels last
+    exponent: np.ndarray  # int64 [count]
+    drift: int = 0  # layers and sums since the largest number of each row was near 1
+    owned: bool = False  # read by one node only, which may write to it
+
+    @property
+    def count(self) -> int:
+        return len(self.exponent)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Which row of a node each architecture reads, and of what the rows are made.
+
+    Attributes:
+        row: int64 [E]; -1: none.
+        made_of: int64 [rows, inputs], the row of each input; -1: none.
+    """
+
+    row: np.ndarray
+    made_of: np.ndarray
+
+    @property
+    def count(self) -> int:
+        return len(self.made_of)
+
+
+class RoutedFlow:
+    """Totals of the architectures in a supernet.
+
+    Args:
+        network: a ``PathNetwork``; its nodes are inputs, synapses (linear, convolutions), scales, shifts, gates, average
+            pools, sums, and wires that take any batch size.
+        f: weight map of the flow; fixed constants are raised to its power.
+        policy: of batch norms; biases are dropped whatever it says.
+        derivative: ``none``; ``weights``, along f(w); ``squares``, along ones (with ``f`` = SQUARE: the path kernel's
+            trace over the synapse weights).
+
+    Raises:
+        ValueError: a node of another kind; NaN weights or norms.
+    """
+
+    def __init__(self, network: PathNetwork, f: WeightMap, policy: Policy, derivative: str = "none") -> None:
+        if derivative not in DERIVATIVES:
+            raise ValueError(f"RoutedFlow: derivative: wanted one of {DERIVATIVES}, got {derivative!r}")
+        self.network, self.derivative = network, derivative
+        self.flows = 1 if derivative == "none" else 2
+        self.power = POWERS[f]
+        self._order = [k for k in range(len(network.nodes)) if k in network.alive]
+        for k in self._order:
+            _check_kind(network.nodes[k])
+        plain = PathFlow(network, weights_of(network, (), (f, f)), f=f, policy=policy)
+        self.dtype, self.device = plain.dtype, plain.device
+        self._fixed = {k: plain.constant(k) for k in self._order if isinstance(network.nodes[k], kinds.Scale)}
+        self._users: dict[int, list[int]] = {k: [] for k in self._order}
+        for k in self._order:
+            for i in network.nodes[k].inputs:
+                self._users[i].append(k)
+        self._pools = {k: self._windows(node) for k, node in self._live(kinds.Pool)}
+        self._weights: dict[int, tuple[Tensor, int]] = {}
+        self._folded: set[int] = set()
+        for k, node in self._live(kinds.Synapse):
+            self._weights[k] = self._prepared(k, node, f)
+        self.switches = {k: node.where for k, node in self._live(kinds.Scale) if node.kind == "switch"}  # type: ignore[attr-defined]
+
+    def _live(self, kind: type) -> list[tuple[int, kinds.Node]]:
+        nodes = ((k, self.network.nodes[k]) for k in self._order)
+        return [(k, node) for k, node in nodes if isinstance(node, kind)]
+
+    def _prepared(self, k: int, node: kinds.Node, f: WeightMap) -> tuple[Tensor, int]:
+        """f(w) times the norm that alone reads it, times a power of two: row sums below 1. And that power's exponent."""
+        assert isinstance(node, kinds.Synapse)
+        w = map_weight(self.network.tensors[node.weight].detach().to(self.device, self.dtype), f)
+        w = w.t() if node.form == "linear_t" else w
+        user = self._users[k][0] if len(self._users[k]) == 1 else -1
+        factor = self._fixed.get(user)
+        # A derivative along ones is not multiplied with f(w): its norm stays where it is.
+        if factor is not None and self.derivative != "squares" and factor.numel() == w.shape[0]:
+            w = w * factor.reshape(-1, *[1] * (w.dim() - 1))
+            self._folded.add(user)
+        largest = float(w.flatten(1).sum(1).max()) if w.numel() else 0.0
+        exponent = math.frexp(largest)[1] if largest > 0 else 0
+        w = w * power_of_two(torch.tensor(-exponent), self.dtype).to(self.device)
+        if w.dim() == 4:
+            w = w.contiguous(memory_format=torch.channels_last)
+        return w, exponent
+
+    def _windows(self, node: kinds.Node) -> tuple[Tensor, Tensor]:
+        """An average pool as a convolution of each channel with ones, and what its sums are multiplied with."""
+        assert isinstance(node, kinds.Pool)
+        before = self.network.nodes[node.inputs[0]].shape
+        ones = torch.ones((1, 1, *before[2:]), dtype=torch.float64)
+        kernel = torch.ones((before[1], 1, *node.kernel), dtype=self.dtype, device=self.device)
+        geometry = (node.stride, node.padding, node.dilation)
+        counts = torch.conv2d(ones, torch.ones((1, 1, *node.kernel), dtype=torch.float64), None, *geometry)
+        entries = pooled(ones, node, self.power, "sum") / counts
+        return kernel, entries.to(self.device, self.dtype)
+
+    # ---------------------------------------------------------------------------------------------- which rows
+
+    def _planned(self, opened: Sequence[frozenset[str] | set[str]]) -> dict[int, _Plan]:
+        """The rows of every node, and which architecture reads which."""
+        count = len(opened)
+        open_at = {k: np.fromiter((name in on for on in opened), bool, count) for k, name in self.switches.items()}
+        reached: dict[int, np.ndarray] = {}
+        for k in self._order:
+            node = self.network.nodes[k]
+            if not node.inputs:
+                reached[k] = np.ones(count, bool)
+                continue
+            any_of = reached[node.inputs[0]]
+            for i in node.inputs[1:]:
+                any_of = any_of | reached[i]
+            reached[k] = any_of & open_at[k] if k in open_at else any_of
+        needed = {k: np.zeros(count, bool) for k in self._order}
+        for k in self.network.outputs:
+            needed[k] |= reached[k]
+        for k in reversed(self._order):
+            for i in self.network.nodes[k].inputs:
+                needed[i] |= needed[k] & reached[i]
+        plans: dict[int, _Plan] = {}
+        for k in self._order:
+            plans[k] = self._plan(self.network.nodes[k], needed[k], plans)
+        return plans
+
+    @staticmethod
+    def _plan(node: kinds.Node, live: np.ndarray, plans: Mapping[int, _Plan]) -> _Plan:
+        if not node.inputs:
+            return _Plan(np.where(live, 0, -1), np.empty((int(live.any()), 0), np.int64))
+        before = plans[node.inputs[0]]
+        if len(node.inputs) == 1 and np.array_equal(before.row >= 0, live):
+            return before
+        keys = np.stack([plans[i].row for i in node.inputs], 1)[live]
+        axis = {} if keys.shape[1] == 1 else {"axis": 0}
+        distinct, inverse = np.unique(keys, return_inverse=True, **axis)
+        row = np.full(len(live), -1)
+        row[live] = inverse.reshape(-1)
+        return _Plan(row, distinct.reshape(-1, len(node.inputs)))
+
+    # -------------------------------------------------------------------------------------------------- flow
+
+    def run(self, opened: Sequence[frozenset[str] | set[str]]) -> Totals:
+        """Forward flow of the architectures whose switches of these names are open."""
+        plans = self._planned(opened)
+        self._multiple = _MULTIPLE if len(opened) >= 4 * _MULTIPLE else 1
+        values: dict[int, _Rows] = {}
+        left = {k: len(users) for k, users in self._users.items()}
+        total = torch.full((2, len(opened)), -torch.inf, dtype=torch.float64)
+        with torch.no_grad():
+            for k in self._order:
+                plan, node = plans[k], self.network.nodes[k]
+                if plan.count:
+                    step = getattr(self, f"_{type(node).__name__.lower()}")
+                    entering = [(values[i], plans[i]) if plans[i].count else None for i in node.inputs]
+                    values[k] = made = step(k, node, plan, entering)
+                    made.owned = made.owned and len(self._users[k]) == 1
+                for i in node.inputs:
+                    left[i] -= 1
+                    if not left[i] and i not in self.network.outputs:
+                        values.pop(i, None)
+            for k in self.network.outputs:
+                if plans[k].count:
+                    self._add_total(total, values[k], plans[k])
+        return Totals(total[0], total[1] if self.flows == 2 else None)
+
+    def _add_total(self, total: Tensor, out: _Rows, plan: _Plan) -> None:
+        amounts = self._by_row(out).double().reshape(out.count, self.flows, -1).sum(2).cpu().T  # [flows, count]
+        if self.derivative == "weights":
+            amounts[1] = (amounts[1] - amounts[0]).clamp(min=0)
+        levels = amounts.log2() + torch.from_numpy(out.exponent)
+        row = torch.from_numpy(plan.row)
+        mine = torch.where(row >= 0, levels[:, row.clamp(min=0)], -torch.inf)
+        total[: self.flows] = torch.logaddexp2(total[: self.flows], mine)
+
+    def _taken(self, plan: _Plan, entering: tuple[_Rows, _Plan]) -> _Rows:
+        """The rows of the one input that a node reads; the input's own where it reads them all."""
+        x, before = entering
+        if plan is before:
+            return x
+        source = plan.made_of[:, 0]
+        if len(source) == before.count:  # sorted and distinct: all of them
+            return x
+        made = _Rows(self._like(x.tensor, len(source)), x.exponent[source], x.drift, owned=True)
+        torch.index_select(self._by_row(x), 0, self._index(source), out=self._by_row(made))
+        return made
+
+    def _index(self, rows: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(rows)).to(self.device)
+
+    def _factor(self, exponent: np.ndarray) -> Tensor:
+        """``2^exponent`` [n, 1]."""
+        return torch.from_numpy(np.ldexp(1.0, exponent)).to(self.device, self.dtype)[:, None]
+
+    def _rounded(self, count: int) -> int:
+        return -(-count // self._multiple) * self._multiple
+
+    def _like(self, x: Tensor, count: int) -> Tensor:
+        """Unwritten memory for ``count`` architectures, in the shape of x; rows that do not count are zeros."""
+        rows, used = self._rounded(count) * self.flows, count * self.flows
+        if x.dim() != 4:
+            made = x.new_empty((rows, *x.shape[1:]))
+            made[used:] = 0
+            return made
+        _, channels, height, width = x.shape
+        made = x.new_empty((rows, height, width, channels))
+        made[used:] = 0
+        return made.permute(0, 3, 1, 2)
+
+    def _by_row(self, x: _Rows) -> Tensor:
+        """``[count, n]``, the same memory: feature maps are stored channels last."""
+        flat = x.tensor.permute(0, 2, 3, 1) if x.tensor.dim() == 4 else x.tensor
+        return flat[: x.count * self.flows].reshape(x.count, -1)
+
+    def _input(self, k: int, node: kinds.Node, plan: _Plan, _: object) -> _Rows:
+        shape = (self._rounded(1) * self.flows, *node.shape[1:])
+        x = torch.ones(shape, dtype=self.dtype, device=self.device)
+        if self.derivative == "squares":
+            x[1::2] = 0
+        return _Rows(_channels_last(x), np.zeros(1, np.int64))
+
+    def _gate(self, k: int, node: kinds.Node, plan: _Plan, entering: list[tuple[_Rows, _Plan]]) -> _Rows:
+        return self._taken(plan, entering[0])
+
+    _shift = _gate
+
+    def _scale(self, k: int, node: kinds.Node, plan: _Plan, entering: list[tuple[_Rows, _Plan]]) -> _Rows:
+        x, factor = self._taken(plan, entering[0]), self._fixed[k]
+        if factor is None or k in self._folded or k in self.switches:
+            return x
+        return _Rows(x.tensor * factor, x.exponent, x.drift + 1)
+
+    def _wire(self, k: int, node: kinds.Node, plan: _Plan, entering: list[tuple[_Rows, _Plan]]) -> _Rows:
+        x = self._taken(plan, entering[0])
+        made = node.apply([x.tensor], self.power)  # type: ignore[attr-defined]
+        return _Rows(_channels_last(made), x.exponent, x.drift)
+
+    def _pool(self, k: int, node: kinds.Node, plan: _Plan, entering: list[tuple[_Rows, _Plan]]) -> _Rows:
+        assert isinstance(node, kinds.Pool)
+        x, (kernel, entries) = self._taken(plan, entering[0]), self._pools[k]
+        sums = torch.conv2d(x.tensor, kernel, None, node.stride, node.padding, node.dilation, x.tensor.shape[1])
+        return _Rows(_channels_last(sums).mul_(entries), x.exponent, x.drift, owned=True)
+
+    def _synapse(self, k: int, node: kinds.Node, plan: _Plan, entering: list[tuple[_Rows, _Plan]]) -> _Rows:
+        assert isinstance(node, kinds.Synapse)
+        (w, exponent), x = self._weights[k], self._taken(plan, entering[0])
+        if x.drift >= _DRIFT:
+            x = self._centred(x)
+        y = self._product(x.tensor, w, node)
+        if self.derivative == "weights":
+            y[1::2] += y[::2]
+        elif self.derivative == "squares":
+            y[1::2] += self._summed(x.tensor[::2], w, node) * 2.0**-exponent
+        return _Rows(y, x.exponent + exponent, x.drift + 1, owned=True)
+
+    @staticmethod
+    def _product(x: Tensor, w: Tensor, node: kinds.Synapse) -> Tensor:
+        if w.dim() == 2:
+            return x @ w.t()
+        if max(w.shape[2:]) == 1 and node.groups == 1 and max(node.stride) == 1 and max(node.padding) == 0:
+            return (x.permute(0, 2, 3, 1) @ w.flatten(1).t()).permute(0, 3, 1, 2)
+        return _channels_last(torch.convolution(x, w, None, *geometry_of(node)))
+
+    def _summed(self, x: Tensor, w: Tensor, node: kinds.Synapse) -> Tensor:
+        """A product with ones: the same for all that leave a group."""
+        if w.dim() == 2:
+            return x.sum(1, keepdim=True)
+        stride, padding, dilation, *_, groups = geometry_of(node)
+        sums = x.unflatten(1, (groups, -1)).sum(2)
+        ones = torch.ones((groups, 1, *w.shape[2:]), dtype=w.dtype, device=w.device)
+        return torch.conv2d(sums, ones, None, stride, padding, dilation, groups).repeat_interleave(w.shape[0] // groups, 1)
+
+    def _centred(self, x: _Rows) -> _Rows:
+        """The same numbers, the largest of each row in [1/2, 1); zeros at an exponent that no sum goes by."""
+        peak = np.frexp(self._by_row(x).amax(1).double().cpu().numpy())
+        made = _Rows(self._like(x.tensor, x.count), np.where(peak[0] > 0, x.exponent + peak[1], NOTHING))
+        torch.mul(self._by_row(x), self._factor(-peak[1]), out=self._by_row(made))
+        return made
+
+    def _sum(self, k: int, node: kinds.Node, plan: _Plan, entering: list[tuple[_Rows, _Plan] | None]) -> _Rows:
+        parts = []  # (rows of an input, where they go, which they are)
+        top = np.full(plan.count, NOTHING)
+        for each, source in zip(entering, plan.made_of.T, strict=True):
+            target = np.flatnonzero(source >= 0)
+            if each is not None and len(target):
+                parts.append((each[0], target, source[target]))
+                top[target] = np.maximum(top[target], each[0].exponent[source[target]])
+        made = _Rows(self._like(parts[0][0].tensor, plan.count), top, 1 + max(x.drift for x, _, _ in parts))
+        rows = self._by_row(made)
+        parts.sort(key=lambda part: -len(part[1]))
+        if len(parts[0][1]) < plan.count:
+            rows.zero_()
+        for n, (x, target, source) in enumerate(parts):
+            factor = self._factor(x.exponent[source] - top[target])
+            mine, in_order = self._by_row(x), bool((source == np.arange(x.count)).all()) if len(source) == x.count else False
+            mine = mine if in_order else mine.index_select(0, self._index(source))
+            if len(target) < plan.count:
+                mine = mine.mul_(factor) if x.owned or not in_order else mine * factor
+                rows.index_add_(0, self._index(target), mine)
+            elif n == 0:
+                torch.mul(mine, factor, out=rows)
+            else:
+                rows.addcmul_(mine, factor)
+        return self._centred(made) if made.drift >= _DRIFT else made
+
+
+def _check_kind(node: kinds.Node) -> None:
+    known = (kinds.Input, kinds.Synapse, kinds.Scale, kinds.Shift, kinds.Gate, kinds.Pool, kinds.Wire, kinds.Sum)
+    fits = isinstance(node, known)
+    if isinstance(node, kinds.Pool):
+        fits = node.kind == "avg" and len(node.kernel) == 2
+    if isinstance(node, kinds.Wire):
+        fits = len(node.inputs) == 1
+    if isinstance(node, kinds.Synapse):
+        fits = node.form in ("linear", "linear_t") or (node.form == "conv" and len(node.stride) == 2)
+    if not fits:
+        raise ValueError(f"RoutedFlow: network: wanted nodes it knows, got {type(node).__name__} {node.where!r}")
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x.contiguous()
