@@ -41,7 +41,7 @@ from .ops import WeightMap
 from .policy import Policy
 from .pooling import pooled
 from .reference import map_weight
-from .weights import power_of_two, weights_of
+from .weights import weights_of
 
 DERIVATIVES = ("none", "weights", "squares")
 _DRIFT = 6  # layers and sums after which rows are brought back to a maximum near 1
@@ -124,33 +124,41 @@ class RoutedFlow:
             for i in network.nodes[k].inputs:
                 self._users[i].append(k)
         self._pools = {k: self._windows(node) for k, node in self._live(kinds.Pool)}
-        self._weights: dict[int, tuple[Tensor, int]] = {}
-        self._folded: set[int] = set()
-        for k, node in self._live(kinds.Synapse):
-            self._weights[k] = self._prepared(k, node, f)
+        self._norms = {k: self._norm_behind(k) for k, _ in self._live(kinds.Synapse)}
+        self._folded = set(self._norms.values())
+        self._map, self._tensors = f, network.tensors
+        self._prepared: dict[int, tuple[Tensor, int]] = {}
         self.switches = {k: node.where for k, node in self._live(kinds.Scale) if node.kind == "switch"}  # type: ignore[attr-defined]
 
     def _live(self, kind: type) -> list[tuple[int, kinds.Node]]:
         nodes = ((k, self.network.nodes[k]) for k in self._order)
         return [(k, node) for k, node in nodes if isinstance(node, kind)]
 
-    def _prepared(self, k: int, node: kinds.Node, f: WeightMap) -> tuple[Tensor, int]:
-        """f(w) times the norm that alone reads it, times a power of two: row sums below 1. And that power's exponent."""
-        assert isinstance(node, kinds.Synapse)
-        w = map_weight(self.network.tensors[node.weight].detach().to(self.device, self.dtype), f)
-        w = w.t() if node.form == "linear_t" else w
+    def use(self, tensors: Mapping[str, Tensor]) -> None:
+        """Flows from now on through these weights (name -> tensor); norms stay as they are."""
+        self._tensors, self._prepared = tensors, {}
+
+    def _norm_behind(self, k: int) -> int:
+        """The scale that alone reads a synapse, one number a unit; -1 for none."""
         user = self._users[k][0] if len(self._users[k]) == 1 else -1
         factor = self._fixed.get(user)
-        # A derivative along ones is not multiplied with f(w): its norm stays where it is.
-        if factor is not None and self.derivative != "squares" and factor.numel() == w.shape[0]:
-            w = w * factor.reshape(-1, *[1] * (w.dim() - 1))
-            self._folded.add(user)
-        largest = float(w.flatten(1).sum(1).max()) if w.numel() else 0.0
-        exponent = math.frexp(largest)[1] if largest > 0 else 0
-        w = w * power_of_two(torch.tensor(-exponent), self.dtype).to(self.device)
-        if w.dim() == 4:
-            w = w.contiguous(memory_format=torch.channels_last)
-        return w, exponent
+        # A derivative along ones is not multiplied with f(w): there the norm stays where it is.
+        if factor is None or self.derivative == "squares" or factor.numel() != self.network.nodes[k].shape[1]:
+            return -1
+        return user
+
+    def _weight(self, k: int, node: kinds.Synapse) -> tuple[Tensor, int]:
+        """f(w) times the norm behind it, times a power of two: row sums below 1. And that power's exponent."""
+        if k not in self._prepared:
+            w = map_weight(self._tensors[node.weight].detach().to(self.device, self.dtype), self._map)
+            w = w.t() if node.form == "linear_t" else w
+            if self._norms[k] >= 0:
+                w = w * self._fixed[self._norms[k]].reshape(-1, *[1] * (w.dim() - 1))  # type: ignore[union-attr]
+            largest = float(w.flatten(1).sum(1).max()) if w.numel() else 0.0
+            exponent = math.frexp(largest)[1] if largest > 0 else 0
+            w = w * 2.0**-exponent
+            self._prepared[k] = w.contiguous(memory_format=torch.channels_last) if w.dim() == 4 else w, exponent
+        return self._prepared[k]
 
     def _windows(self, node: kinds.Node) -> tuple[Tensor, Tensor]:
         """An average pool as a convolution of each channel with ones, and what its sums are multiplied with."""
@@ -309,7 +317,7 @@ class RoutedFlow:
 
     def _synapse(self, k: int, node: kinds.Node, plan: _Plan, entering: list[tuple[_Rows, _Plan]]) -> _Rows:
         assert isinstance(node, kinds.Synapse)
-        (w, exponent), x = self._weights[k], self._taken(plan, entering[0])
+        (w, exponent), x = self._weight(k, node), self._taken(plan, entering[0])
         if x.drift >= _DRIFT:
             x = self._centred(x)
         y = self._product(x.tensor, w, node)
@@ -334,7 +342,9 @@ class RoutedFlow:
         stride, padding, dilation, *_, groups = geometry_of(node)
         sums = x.unflatten(1, (groups, -1)).sum(2)
         ones = torch.ones((groups, 1, *w.shape[2:]), dtype=w.dtype, device=w.device)
-        return torch.conv2d(sums, ones, None, stride, padding, dilation, groups).repeat_interleave(w.shape[0] // groups, 1)
+        return torch.conv2d(sums, ones, None, stride, padding, dilation, groups).repeat_interleave(
+            w.shape[0] // groups, 1
+        )
 
     def _centred(self, x: _Rows) -> _Rows:
         """The same numbers, the largest of each row in [1/2, 1); zeros at an exponent that no sum goes by."""
@@ -358,7 +368,8 @@ class RoutedFlow:
             rows.zero_()
         for n, (x, target, source) in enumerate(parts):
             factor = self._factor(x.exponent[source] - top[target])
-            mine, in_order = self._by_row(x), bool((source == np.arange(x.count)).all()) if len(source) == x.count else False
+            mine = self._by_row(x)
+            in_order = len(source) == x.count and bool((source == np.arange(x.count)).all())
             mine = mine if in_order else mine.index_select(0, self._index(source))
             if len(target) < plan.count:
                 mine = mine.mul_(factor) if x.owned or not in_order else mine * factor
