@@ -2,7 +2,7 @@
 
 One network is held at a time (or ``batch`` weight sets of one architecture, scored by one call each layer); nothing is
 copied, moved, cast or left changed. With a results file, each network is one line of it as soon as it is scored, and a
-run that was stopped goes on where it was: what the file has is not made again, nor even built if it comes as a function.
+run that was stopped goes on where it was: what the file has is not scored again, nor built if it comes as a function.
 
 Oracle: each network alone, in float64.
 """

@@ -33,7 +33,7 @@ from .network import PathNetwork
 from .ops import WeightMap
 from .path_kernel import log2_trace
 from .policy import Policy, policy_of
-from .pruners import NTKSAP, SNIP, GraSP, SynFlow, cross_entropy
+from .pruners import NTKSAP, SNIP, GraSP, SynFlow
 from .pruners.base import PathPruner, Pruner, require_scores
 from .pruners.objective import Loss
 from .spatial import merge_equal_positions

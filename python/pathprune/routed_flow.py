@@ -21,12 +21,15 @@ brought back to a maximum near 1. Biases and shifts begin no path. Gates are ope
 
 Bytes: every feature map is written once and read once by each consumer, in the layout convolutions read fastest
 (channels last); weights are read once a call. Rows are rounded up to a multiple of eight, because a convolution is
-prepared anew for every size of batch it has not seen, which takes as long as some small ones. Oracle: the same architectures one by one, by ``PathFlow`` in float64.
+prepared anew for every size of batch it has not seen, which takes as long as some small ones.
+
+Oracle: the same architectures one by one, by ``PathFlow`` in float64.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -96,8 +99,8 @@ class RoutedFlow:
     """Totals of the architectures in a supernet.
 
     Args:
-        network: a ``PathNetwork``; its nodes are inputs, synapses (linear, convolutions), scales, shifts, gates, average
-            pools, sums, and wires that take any batch size.
+        network: a ``PathNetwork``; its nodes are inputs, synapses (linear, convolutions), scales, shifts, gates,
+            average pools, sums, and wires that take any batch size.
         f: weight map of the flow; fixed constants are raised to its power.
         policy: of batch norms; biases are dropped whatever it says.
         derivative: ``none``; ``weights``, along f(w); ``squares``, along ones (with ``f`` = SQUARE: the path kernel's
@@ -113,48 +116,73 @@ class RoutedFlow:
         self.network, self.derivative = network, derivative
         self.flows = 1 if derivative == "none" else 2
         self.power = POWERS[f]
-        self._order = [k for k in range(len(network.nodes)) if k in network.alive]
-        for k in self._order:
-            _check_kind(network.nodes[k])
+        alive = [k for k in range(len(network.nodes)) if k in network.alive]
+        for k in alive:
+            _check_kind(network, k)
         plain = PathFlow(network, weights_of(network, (), (f, f)), f=f, policy=policy)
         self.dtype, self.device = plain.dtype, plain.device
-        self._fixed = {k: plain.constant(k) for k in self._order if isinstance(network.nodes[k], kinds.Scale)}
-        self._users: dict[int, list[int]] = {k: [] for k in self._order}
-        for k in self._order:
-            for i in network.nodes[k].inputs:
-                self._users[i].append(k)
-        self._pools = {k: self._windows(node) for k, node in self._live(kinds.Pool)}
-        self._norms = {k: self._norm_behind(k) for k, _ in self._live(kinds.Synapse)}
-        self._folded = set(self._norms.values())
+        scales = [(k, node) for k in alive if isinstance(node := network.nodes[k], kinds.Scale)]
+        self.switches = {k: node.where for k, node in scales if node.kind == "switch"}
+        self._factors = {k: factor for k, _ in scales if (factor := plain.constant(k)) is not None}
+        self._norms = self._norms_behind(alive)
+        self._inputs, same = self._without_identities(alive)
+        self._order = list(self._inputs)
+        self._outputs = [same[k] for k in network.outputs]
+        self._users = Counter(i for inputs in self._inputs.values() for i in inputs)
+        self._users.update(self._outputs)
+        pools = ((k, node) for k in self._order if isinstance(node := network.nodes[k], kinds.Pool))
+        self._pools = {k: self._windows(node) for k, node in pools}
         self._map, self._tensors = f, network.tensors
         self._prepared: dict[int, tuple[Tensor, int]] = {}
-        self.switches = {k: node.where for k, node in self._live(kinds.Scale) if node.kind == "switch"}  # type: ignore[attr-defined]
 
-    def _live(self, kind: type) -> list[tuple[int, kinds.Node]]:
-        nodes = ((k, self.network.nodes[k]) for k in self._order)
-        return [(k, node) for k, node in nodes if isinstance(node, kind)]
+    def _norms_behind(self, alive: Sequence[int]) -> dict[int, int]:
+        """Synapse -> the scale that alone reads it, if it has one number a unit: it becomes part of the weight.
+
+        A derivative along ones is not multiplied with f(w): there norms stay where they are.
+        """
+        users: dict[int, list[int]] = {}
+        for k in alive:
+            for i in self.network.nodes[k].inputs:
+                users.setdefault(i, []).append(k)
+        found = {}
+        for k in alive if self.derivative != "squares" else ():
+            node, user = self.network.nodes[k], users.get(k, [-1])[0]
+            alone = isinstance(node, kinds.Synapse) and len(users.get(k, ())) == 1 and user not in self.switches
+            factor = self._factors.get(user) if alone else None
+            if factor is not None and factor.numel() == node.shape[_units(node)]:
+                found[k] = user
+        return found
+
+    def _without_identities(self, alive: Sequence[int]) -> tuple[dict[int, tuple[int, ...]], dict[int, int]]:
+        """``(the inputs of every node that does something, node -> the one whose value it has)``."""
+        inputs: dict[int, tuple[int, ...]] = {}
+        same: dict[int, int] = {}
+        folded = set(self._norms.values())
+        for k in alive:
+            node = self.network.nodes[k]
+            before = tuple(same[i] for i in node.inputs)
+            plain_scale = isinstance(node, kinds.Scale) and (k in folded or k not in self._factors)
+            if isinstance(node, (kinds.Gate, kinds.Shift)) or (plain_scale and k not in self.switches):
+                same[k] = before[0]
+            else:
+                same[k], inputs[k] = k, before
+        return inputs, same
 
     def use(self, tensors: Mapping[str, Tensor]) -> None:
         """Flows from now on through these weights (name -> tensor); norms stay as they are."""
         self._tensors, self._prepared = tensors, {}
-
-    def _norm_behind(self, k: int) -> int:
-        """The scale that alone reads a synapse, one number a unit; -1 for none."""
-        user = self._users[k][0] if len(self._users[k]) == 1 else -1
-        factor = self._fixed.get(user)
-        # A derivative along ones is not multiplied with f(w): there the norm stays where it is.
-        if factor is None or self.derivative == "squares" or factor.numel() != self.network.nodes[k].shape[1]:
-            return -1
-        return user
 
     def _weight(self, k: int, node: kinds.Synapse) -> tuple[Tensor, int]:
         """f(w) times the norm behind it, times a power of two: row sums below 1. And that power's exponent."""
         if k not in self._prepared:
             w = map_weight(self._tensors[node.weight].detach().to(self.device, self.dtype), self._map)
             w = w.t() if node.form == "linear_t" else w
-            if self._norms[k] >= 0:
-                w = w * self._fixed[self._norms[k]].reshape(-1, *[1] * (w.dim() - 1))  # type: ignore[union-attr]
-            largest = float(w.flatten(1).sum(1).max()) if w.numel() else 0.0
+            if k in self._norms:
+                w = w * self._factors[self._norms[k]].reshape(-1, *[1] * (w.dim() - 1))
+            rows = w.flatten(1)
+            largest = float(rows.sum(1).max())
+            if self.derivative == "squares":  # sums of what enters are added
+                largest = max(largest, rows.shape[1])
             exponent = math.frexp(largest)[1] if largest > 0 else 0
             w = w * 2.0**-exponent
             self._prepared[k] = w.contiguous(memory_format=torch.channels_last) if w.dim() == 4 else w, exponent
@@ -178,39 +206,36 @@ class RoutedFlow:
         count = len(opened)
         open_at = {k: np.fromiter((name in on for on in opened), bool, count) for k, name in self.switches.items()}
         reached: dict[int, np.ndarray] = {}
-        for k in self._order:
-            node = self.network.nodes[k]
-            if not node.inputs:
-                reached[k] = np.ones(count, bool)
-                continue
-            any_of = reached[node.inputs[0]]
-            for i in node.inputs[1:]:
+        for k, inputs in self._inputs.items():
+            any_of = reached[inputs[0]] if inputs else np.ones(count, bool)
+            for i in inputs[1:]:
                 any_of = any_of | reached[i]
             reached[k] = any_of & open_at[k] if k in open_at else any_of
         needed = {k: np.zeros(count, bool) for k in self._order}
-        for k in self.network.outputs:
+        for k in self._outputs:
             needed[k] |= reached[k]
         for k in reversed(self._order):
-            for i in self.network.nodes[k].inputs:
+            for i in self._inputs[k]:
                 needed[i] |= needed[k] & reached[i]
+        nobody = _Plan(np.full(count, -1), np.empty((0, 1), np.int64))
         plans: dict[int, _Plan] = {}
         for k in self._order:
-            plans[k] = self._plan(self.network.nodes[k], needed[k], plans)
+            plans[k] = self._plan(self._inputs[k], needed[k], plans) if needed[k].any() else nobody
         return plans
 
     @staticmethod
-    def _plan(node: kinds.Node, live: np.ndarray, plans: Mapping[int, _Plan]) -> _Plan:
-        if not node.inputs:
-            return _Plan(np.where(live, 0, -1), np.empty((int(live.any()), 0), np.int64))
-        before = plans[node.inputs[0]]
-        if len(node.inputs) == 1 and np.array_equal(before.row >= 0, live):
+    def _plan(inputs: tuple[int, ...], live: np.ndarray, plans: Mapping[int, _Plan]) -> _Plan:
+        if not inputs:
+            return _Plan(np.where(live, 0, -1), np.empty((1, 0), np.int64))
+        before = plans[inputs[0]]
+        if len(inputs) == 1 and np.array_equal(before.row >= 0, live):
             return before
-        keys = np.stack([plans[i].row for i in node.inputs], 1)[live]
+        keys = np.stack([plans[i].row for i in inputs], 1)[live]
         axis = {} if keys.shape[1] == 1 else {"axis": 0}
         distinct, inverse = np.unique(keys, return_inverse=True, **axis)
         row = np.full(len(live), -1)
         row[live] = inverse.reshape(-1)
-        return _Plan(row, distinct.reshape(-1, len(node.inputs)))
+        return _Plan(row, distinct.reshape(-1, len(inputs)))
 
     # -------------------------------------------------------------------------------------------------- flow
 
@@ -219,21 +244,21 @@ class RoutedFlow:
         plans = self._planned(opened)
         self._multiple = _MULTIPLE if len(opened) >= 4 * _MULTIPLE else 1
         values: dict[int, _Rows] = {}
-        left = {k: len(users) for k, users in self._users.items()}
+        left = dict(self._users)
         total = torch.full((2, len(opened)), -torch.inf, dtype=torch.float64)
         with torch.no_grad():
             for k in self._order:
                 plan, node = plans[k], self.network.nodes[k]
                 if plan.count:
                     step = getattr(self, f"_{type(node).__name__.lower()}")
-                    entering = [(values[i], plans[i]) if plans[i].count else None for i in node.inputs]
+                    entering = [(values[i], plans[i]) if plans[i].count else None for i in self._inputs[k]]
                     values[k] = made = step(k, node, plan, entering)
-                    made.owned = made.owned and len(self._users[k]) == 1
-                for i in node.inputs:
+                    made.owned = made.owned and self._users[k] == 1
+                for i in self._inputs[k]:
                     left[i] -= 1
-                    if not left[i] and i not in self.network.outputs:
+                    if not left[i]:
                         values.pop(i, None)
-            for k in self.network.outputs:
+            for k in self._outputs:
                 if plans[k].count:
                     self._add_total(total, values[k], plans[k])
         return Totals(total[0], total[1] if self.flows == 2 else None)
@@ -293,16 +318,11 @@ class RoutedFlow:
             x[1::2] = 0
         return _Rows(_channels_last(x), np.zeros(1, np.int64))
 
-    def _gate(self, k: int, node: kinds.Node, plan: _Plan, entering: list[tuple[_Rows, _Plan]]) -> _Rows:
-        return self._taken(plan, entering[0])
-
-    _shift = _gate
-
     def _scale(self, k: int, node: kinds.Node, plan: _Plan, entering: list[tuple[_Rows, _Plan]]) -> _Rows:
-        x, factor = self._taken(plan, entering[0]), self._fixed[k]
-        if factor is None or k in self._folded or k in self.switches:
+        x = self._taken(plan, entering[0])
+        if k in self.switches:
             return x
-        return _Rows(x.tensor * factor, x.exponent, x.drift + 1)
+        return _Rows(_channels_last(x.tensor * self._factors[k]), x.exponent, x.drift + 1, owned=True)
 
     def _wire(self, k: int, node: kinds.Node, plan: _Plan, entering: list[tuple[_Rows, _Plan]]) -> _Rows:
         x = self._taken(plan, entering[0])
@@ -381,15 +401,23 @@ class RoutedFlow:
         return self._centred(made) if made.drift >= _DRIFT else made
 
 
-def _check_kind(node: kinds.Node) -> None:
-    known = (kinds.Input, kinds.Synapse, kinds.Scale, kinds.Shift, kinds.Gate, kinds.Pool, kinds.Wire, kinds.Sum)
-    fits = isinstance(node, known)
+def _units(node: kinds.Synapse) -> int:
+    """The axis of a synapse's units."""
+    return 1 if node.form == "conv" else -1
+
+
+def _check_kind(network: PathNetwork, k: int) -> None:
+    node = network.nodes[k]
+    fits = isinstance(node, (kinds.Input, kinds.Synapse, kinds.Scale, kinds.Shift, kinds.Gate, kinds.Sum))
+    if isinstance(node, (kinds.Scale, kinds.Shift, kinds.Sum)):
+        fits = all(network.nodes[i].shape == node.shape for i in node.inputs)
     if isinstance(node, kinds.Pool):
         fits = node.kind == "avg" and len(node.kernel) == 2
     if isinstance(node, kinds.Wire):
         fits = len(node.inputs) == 1
     if isinstance(node, kinds.Synapse):
-        fits = node.form in ("linear", "linear_t") or (node.form == "conv" and len(node.stride) == 2)
+        two = node.form == "conv" and len(node.stride) == 2
+        fits = two or (node.form in ("linear", "linear_t") and len(node.shape) == 2)
     if not fits:
         raise ValueError(f"RoutedFlow: network: wanted nodes it knows, got {type(node).__name__} {node.where!r}")
 

@@ -49,7 +49,8 @@ def score_space(
             frozen, biases begin no path; a freshly initialised network has SynFlow's scores with or without them.
         architectures: None: all of the space; otherwise different ones.
         weights: ``shared``: one supernet drawn from ``seed``, every architecture has its part of it; ``fresh``: every
-            architecture has weights of its own, drawn from ``seed`` and its number; or the supernet's tensors by name.
+            architecture has weights of its own, drawn by ``space.draw(seed * len(space) + its number)``; or the
+            supernet's tensors by name.
         batch: architectures in a flow.
         results: a JSON-lines file that rows are appended to, and that an interrupted run goes on from.
 
@@ -143,7 +144,8 @@ class _Space:
         """Every architecture with weights of its own."""
         flows: dict[int, dict[WeightMap, RoutedFlow]] = {}
         for name, architecture in names.items():
-            drawn = self.space.draw((self.seed << 32) + index_of(architecture), self.space.shapes(architecture))
+            seed = self.seed * len(self.space) + index_of(architecture)
+            drawn = self.space.draw(seed, self.space.shapes(architecture))
             tensors = {key: tensor.to(self.device) for key, tensor in drawn.items()}
             windows = windows_of(architecture)
             if windows not in flows:  # fresh norms are all alike
