@@ -78,7 +78,9 @@ def literal(model: nn.Module, data: list[tuple[Tensor, Tensor]]) -> dict[str, fl
     everything = sum(n * loss(x, y, 200.0) for n, (x, y) in zip(sizes, data, strict=True)) / sum(sizes)
     first = torch.autograd.grad(everything, weights, create_graph=True)
     product = sum((g * g.detach()).sum() for g in first)
-    grasp = sum(float((w * h).detach().sum()) for w, h in zip(weights, torch.autograd.grad(product, weights), strict=True))
+    grasp = sum(
+        float((w * h).detach().sum()) for w, h in zip(weights, torch.autograd.grad(product, weights), strict=True)
+    )
     zico = 0.0
     for k in range(len(weights)):
         stack = torch.stack([g[k] for g in each])

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -149,7 +150,7 @@ class _Builder:
 
         return self._wire(x, mean)
 
-    def _convolution(self, x: int, name: str, **geometry: int) -> int:
+    def _convolution(self, x: int, name: str, **geometry: Any) -> int:
         weight = f"{name}.weight"
         return self.made.add_synapse(x, self.tensors[weight], weight, form="conv", **geometry)
 
@@ -171,7 +172,7 @@ class _Builder:
         x = self.made.add(kinds.Scale((x,), shape, factor=factor, kind="batch_norm", where=name))
         return self.made.add(kinds.Shift((x,), shape, value=shift, kind="batch_norm", where=name))
 
-    def _relu_conv_norm(self, x: int, name: str, **geometry: int) -> int:
+    def _relu_conv_norm(self, x: int, name: str, **geometry: Any) -> int:
         x = self.made.add_gate(x)
         return self._norm(self._convolution(x, f"{name}.conv", **geometry), f"{name}.norm")
 
@@ -185,7 +186,7 @@ class _Builder:
         *lead, side, _ = self.made.nodes[x].shape
         shape = torch.Size((*lead, side // stride, side // stride))
         two = {"kernel": kernel, "stride": stride, "padding": padding, "dilation": 1}
-        geometry = {key: (value, value) for key, value in two.items()}
+        geometry: dict[str, Any] = {key: (value, value) for key, value in two.items()}
         return self.made.add(kinds.Pool((x,), shape, kind="avg", count_include_pad=False, **geometry))
 
     def _cell(self, x: int, name: str, chosen: Sequence[Sequence[str]], switched: bool) -> int:
@@ -193,13 +194,13 @@ class _Builder:
         for target in range(1, 4):
             terms = []
             for (source, to), several in zip(EDGES, chosen, strict=True):
-                entering = nodes[source] if to == target else None
-                for operation in several if entering is not None else ():
-                    if operation == "none":
+                begin = nodes[source] if to == target else None
+                for operation in several:
+                    if begin is None or operation == "none":
                         continue
                     edge = f"e{source}{target}"
-                    begin = self._switch(entering, f"{edge}.{operation}") if switched else entering
-                    terms.append(self._operation(begin, f"{name}.{edge}.{operation}", operation))
+                    flow = self._switch(begin, f"{edge}.{operation}") if switched else begin
+                    terms.append(self._operation(flow, f"{name}.{edge}.{operation}", operation))
             nodes.append(None if not terms else terms[0] if len(terms) == 1 else self.made.add_sum(*terms))
         if nodes[-1] is None:
             return self._wire(x, lambda t, p: t * 0.0)

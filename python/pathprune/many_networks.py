@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -146,10 +147,8 @@ class _Scorer:
     def rows(self, waiting: Sequence[tuple[str, Entry]]) -> list[NetworkScore]:
         """One for each, in order."""
         if self.architecture is None:
-            return [
-                self._explained(name, lambda entry=entry, name=name: self._one(name, entry)) for name, entry in waiting
-            ]
-        sets = {name: self._explained(name, lambda e=entry, n=name: self._weight_set(n, e)) for name, entry in waiting}
+            return [_explained(name, partial(self._one, name, entry)) for name, entry in waiting]
+        sets = {name: _explained(name, partial(self._weight_set, entry)) for name, entry in waiting}
         whole = [name for name in sets if _finite(self._read(sets[name]))]
         members = [sets[name] for name in whole]
         made: dict[str, NetworkScore] = {}
@@ -160,15 +159,6 @@ class _Scorer:
                 scores = {method: values[k] for method, values in found.items()}
                 made[name] = NetworkScore.of(name, scores, self.columns, totals[k] == -torch.inf)
         return [made.get(name) or NetworkScore.broken(name, self.columns) for name in sets]
-
-    @staticmethod
-    def _explained(name: str, work: Callable[[], Any]) -> Any:
-        """What ``work`` gives; its errors name the network."""
-        try:
-            return work()
-        except (ValueError, TypeError, RuntimeError) as error:
-            kind = TypeError if isinstance(error, TypeError) else ValueError
-            raise kind(f"score_many: network '{name}': {error}") from error
 
     def _one(self, name: str, entry: Entry) -> NetworkScore:
         made = _built(entry)
@@ -186,7 +176,7 @@ class _Scorer:
         total = scores["log2_R"] if "log2_R" in scores else float(log2_paths(network, WeightMap.ABS)[0])
         return NetworkScore.of(name, scores, self.columns, total == -torch.inf)
 
-    def _weight_set(self, name: str, entry: Entry) -> WeightSet:
+    def _weight_set(self, entry: Entry) -> WeightSet:
         made = _built(entry)
         if isinstance(made, nn.Module):
             made = {**dict(made.named_parameters()), **dict(made.named_buffers())}
@@ -200,6 +190,15 @@ class _Scorer:
         """Those of a weight set that the architecture reads."""
         assert self.architecture is not None
         return {name: own[name] for name in self.architecture.tensors if name in own}
+
+
+def _explained(name: str, work: Callable[[], Any]) -> Any:
+    """What ``work`` gives; its errors name the network."""
+    try:
+        return work()
+    except (ValueError, TypeError, RuntimeError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"score_many: network '{name}': {error}") from error
 
 
 def _built(entry: Any) -> Any:

@@ -132,7 +132,8 @@ class RoutedFlow:
         self._users.update(self._outputs)
         pools = ((k, node) for k in self._order if isinstance(node := network.nodes[k], kinds.Pool))
         self._pools = {k: self._windows(node) for k, node in pools}
-        self._map, self._tensors = f, network.tensors
+        self._map = f
+        self._tensors: Mapping[str, Tensor] = network.tensors
         self._prepared: dict[int, tuple[Tensor, int]] = {}
 
     def _norms_behind(self, alive: Sequence[int]) -> dict[int, int]:
@@ -147,8 +148,9 @@ class RoutedFlow:
         found = {}
         for k in alive if self.derivative != "squares" else ():
             node, user = self.network.nodes[k], users.get(k, [-1])[0]
-            alone = isinstance(node, kinds.Synapse) and len(users.get(k, ())) == 1 and user not in self.switches
-            factor = self._factors.get(user) if alone else None
+            if not isinstance(node, kinds.Synapse) or len(users.get(k, ())) != 1 or user in self.switches:
+                continue
+            factor = self._factors.get(user)
             if factor is not None and factor.numel() == node.shape[_units(node)]:
                 found[k] = user
         return found
@@ -231,8 +233,10 @@ class RoutedFlow:
         if len(inputs) == 1 and np.array_equal(before.row >= 0, live):
             return before
         keys = np.stack([plans[i].row for i in inputs], 1)[live]
-        axis = {} if keys.shape[1] == 1 else {"axis": 0}
-        distinct, inverse = np.unique(keys, return_inverse=True, **axis)
+        if len(inputs) == 1:
+            distinct, inverse = np.unique(keys[:, 0], return_inverse=True)
+        else:
+            distinct, inverse = np.unique(keys, axis=0, return_inverse=True)
         row = np.full(len(live), -1)
         row[live] = inverse.reshape(-1)
         return _Plan(row, distinct.reshape(-1, len(inputs)))

@@ -71,7 +71,8 @@ def zico(network: PathNetwork, method: DataPruner, seed: int = 0) -> float:
     weights = weights_of(network, network.prunable, (WeightMap.IDENTITY, WeightMap.IDENTITY))
     objective = Objective(method, network, weights, seed)
     point = objective.point()
-    with objective.undisturbed(), _Welford(objective.leaves(point)) as seen:
+    seen = _Welford(objective.leaves(point))
+    with objective.undisturbed(), seen:
         for position, batch in objective.batches():
             seen.begin(batch.size)
             objective.loss(point, batch, position).backward(inputs=seen.inputs)
