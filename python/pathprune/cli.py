@@ -186,7 +186,7 @@ def score_space(
     weights: Annotated[str, typer.Option(help="shared (one supernet) or fresh (every cell its own).")] = "shared",
     sample: Annotated[int | None, typer.Option(help="Score so many cells, drawn from the seed; default: all.")] = None,
     seed: Seed = 0,
-    batch: Annotated[int, typer.Option(help="Architectures in a flow.")] = 128,
+    batch: Annotated[int, typer.Option(help="Architectures in a flow.")] = 256,
     top: Annotated[int, typer.Option(help="How many of the best to show, by the first method.")] = 10,
 ) -> None:
     """Score the 15,625 cells of NAS-Bench-201's space, or a sample, without data."""

@@ -206,7 +206,9 @@ class RoutedFlow:
     def _planned(self, opened: Sequence[frozenset[str] | set[str]]) -> dict[int, _Plan]:
         """The rows of every node, and which architecture reads which."""
         count = len(opened)
-        open_at = {k: np.fromiter((name in on for on in opened), bool, count) for k, name in self.switches.items()}
+        names = set(self.switches.values())
+        by_name = {name: np.fromiter((name in on for on in opened), bool, count) for name in names}
+        open_at = {k: by_name[name] for k, name in self.switches.items()}
         reached: dict[int, np.ndarray] = {}
         for k, inputs in self._inputs.items():
             any_of = reached[inputs[0]] if inputs else np.ones(count, bool)

@@ -37,7 +37,7 @@ def score_space(
     architectures: Iterable[Architecture] | None = None,
     weights: str | Mapping[str, Tensor] = "shared",
     seed: int = 0,
-    batch: int = 128,
+    batch: int = 256,
     device: str | torch.device = "cpu",
     results: str | os.PathLike[str] | None = None,
 ) -> Iterator[NetworkScore]:
