@@ -247,6 +247,17 @@ def test_rows_are_the_architectures_alone(alone, dtype, batch):
         assert [row.scores[method] for method in methods] == pytest.approx(wanted[name], abs=close)
 
 
+@pytest.mark.cuda
+def test_a_gpu_finds_the_same():
+    tensors = SMALL.draw(0)
+    methods = ["synflow", "path_count", "path_kernel_trace"]
+    here = list(pp.score_space(SMALL, methods, architectures=SAMPLE, weights=tensors))
+    there = list(pp.score_space(SMALL, methods, architectures=SAMPLE, weights=tensors, device="cuda"))
+    for mine, other in zip(there, here, strict=True):
+        assert (mine.name, mine.flags) == (other.name, other.flags)
+        assert mine.scores == pytest.approx(other.scores, abs=1e-4)
+
+
 def test_ranks_are_those_of_float64_and_of_exported_modules():
     chosen = random.Random(3).sample(list(SMALL), 150)
     drawn_once = SMALL.draw(5)

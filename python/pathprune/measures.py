@@ -1,15 +1,17 @@
 """One number for a network: what architecture search ranks networks by.
 
-===================  ===============================================================  =========
-``synflow``          log2 of the sum of SynFlow's scores over all weights             data-free
-``log2_R``           log2 of the sum over input-output paths (biases begin none)      data-free
-``path_count``       log2 of the number of input-output paths                         data-free
-``path_kernel_trace`` log2 of the trace of the path kernel                            data-free
-``snip``             sum of ``|w dL/dw|``                                             data
-``grasp``            sum of ``w (H g)``: high where removing weights hurts the flow   data
-``zico``             :func:`pathprune.zico.zico`                                      data
-``ntk_sap``          sum of NTK-SAP's scores                                          inputs drawn
-===================  ===============================================================  =========
+=====================  ==========================================================  ===========
+name                   score                                                       data
+=====================  ==========================================================  ===========
+``synflow``            log2 of the sum of SynFlow's scores over all weights        -
+``log2_R``             log2 of the sum over input-output paths; biases begin none  -
+``path_count``         log2 of the number of input-output paths                    -
+``path_kernel_trace``  log2 of the trace of the path kernel                        -
+``snip``               sum of ``|w dL/dw|``                                        batches
+``grasp``              sum of ``w (H g)``: high where removing weights costs flow  batches
+``zico``               :func:`pathprune.zico.zico`                                 two batches
+``ntk_sap``            sum of NTK-SAP's scores                                     optional
+=====================  ==========================================================  ===========
 
 Any pruner that scores weights is a measure too: the sum of its scores, in log2 if it is a path method.
 

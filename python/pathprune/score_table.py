@@ -85,7 +85,7 @@ class ScoreFile:
         settings: of JSON's types: what else the scores depend on.
 
     Attributes:
-        rows: name -> what was there.
+        rows: name -> what was there when it was opened.
 
     Raises:
         ValueError: the file is of other methods or settings, is no such file, or another run is writing to it. It stays
@@ -146,8 +146,7 @@ class ScoreFile:
         self._file.flush()
 
     def append(self, row: NetworkScore) -> None:
-        """Adds a network."""
-        self.rows[row.name] = row
+        """Adds a network. It is not kept in memory."""
         self._write(row.line())
 
     def close(self) -> None:
