@@ -190,6 +190,17 @@ def test_scores_of_a_single_weight_set():
         torch.testing.assert_close(got.double(name), wanted.double(name))
 
 
+def test_a_network_on_other_tensors():
+    model, other = net(5), net(5, seed=1)
+    network = PathNetwork.from_module(model, X)
+    moved = network.with_tensors(dict(other.state_dict()))
+    assert moved.model is None and moved.whole is moved and network.model is model
+    assert path_scores(moved)[0] == path_scores(PathNetwork.from_module(other, X))[0]
+    assert path_scores(network)[0] == path_scores(PathNetwork.from_module(model, X))[0]
+    with pytest.raises(ValueError, match="SNIP: model: wanted a module"):
+        next(iter(pp.score_many([moved], "snip", data=batches())))
+
+
 def test_names_order_and_functions():
     made = []
 

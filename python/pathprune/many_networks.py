@@ -4,6 +4,10 @@ One network is held at a time (or ``batch`` weight sets of one architecture, sco
 copied, moved, cast or left changed. With a results file, each network is one line of it as soon as it is scored, and a
 run that was stopped goes on where it was: what the file has is not scored again, nor built if it comes as a function.
 
+A module is read by ``torch.export``, which takes longer than a data-free score of it. Where thousands share a form,
+give weight sets of one ``architecture``, or ``PathNetwork``s built by hand (as ``cell_networks`` does): neither is
+exported.
+
 Oracle: each network alone, in float64.
 """
 
