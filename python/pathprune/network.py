@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -201,6 +202,14 @@ class PathNetwork:
         self.outputs = flows
         self._drop_dead_ends()
         return self
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> PathNetwork:
+        """The same nodes on other tensors; those that are not given stay. It has no model to run."""
+        other = copy.copy(self)
+        other.tensors = {name: tensors.get(name, own) for name, own in self.tensors.items()}
+        other.model = None
+        other.whole = other if self.whole is self else self.whole.with_tensors(tensors)
+        return other
 
     # -------------------------------------------------------------------------------------------- questions
 

@@ -96,14 +96,13 @@ def _ensemble(
         raise ValueError(f"scores: method: wanted a path method for weight sets, got {method.name}")
     if not sets:
         return []
+    for k, entry in enumerate(sets):
+        check_weight_set(network, entry, f"scores: weight set {k}")
+    if len(sets) == 1:
+        return [_one(network.with_tensors(sets[0]), method, masks, seed=0)]
     names = network.select()
     stacked = {}
     for name in dict.fromkeys([*names, *(_weight_name(network, k) for k in network.synapses())]):
-        wanted = network.tensors[name].shape
-        for k, entry in enumerate(sets):
-            got = entry[name].shape if name in entry else None
-            if got != wanted:
-                raise ValueError(f"scores: weight set {k}: '{name}': wanted shape {tuple(wanted)}, got {got}")
         stacked[name] = torch.stack([entry[name].detach() for entry in sets])
     if masks is not None:
         masks = {name: masks[name].expand(len(sets), *masks[name].shape) for name in masks}  # type: ignore[assignment]
@@ -122,6 +121,15 @@ def _ensemble(
             tensors[name], exponents[name] = made[member], int(weights[name].exponents[member])
         results.append(NetworkScores(tensors, exponents, total))
     return results
+
+
+def check_weight_set(network: PathNetwork, entry: WeightSet, who: str) -> None:
+    """Raises ValueError for a weight set that lacks one of the network's weights, or has it in another shape."""
+    for name in dict.fromkeys([*network.select(), *(_weight_name(network, k) for k in network.synapses())]):
+        wanted = network.tensors[name].shape
+        got = entry[name].shape if name in entry else None
+        if got != wanted:
+            raise ValueError(f"{who}: '{name}': wanted shape {tuple(wanted)}, got {got}")
 
 
 def _weight_name(network: PathNetwork, index: int) -> str:

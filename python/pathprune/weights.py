@@ -13,6 +13,7 @@ Two ways through a weight tensor:
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -411,6 +412,7 @@ def weights_of(
     """
     scratch = Scratch()
     synapses = [network.nodes[k] for k in network.synapses()]
+    uses = Counter(node.weight for node in synapses if isinstance(node, Synapse))
     weights: dict[str, Weight] = {}
     for node in synapses:
         assert isinstance(node, Synapse)
@@ -424,7 +426,7 @@ def weights_of(
             node,
             f=maps[0],
             s=maps[1],
-            uses=sum(isinstance(n, Synapse) and n.weight == node.weight for n in synapses),
+            uses=uses[node.weight],
             scored=node.weight in names,
             mask=masks.get(node.weight) if masks else None,
             ensemble=tensors is not None,

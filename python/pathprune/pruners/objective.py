@@ -44,6 +44,10 @@ def labelled_output(output: Tensor, target: Tensor) -> Tensor:
     return output.gather(1, target[:, None]).mean()
 
 
+class NonFiniteLossError(ValueError):
+    """A loss that is NaN or infinite: the data or the network's numbers are."""
+
+
 _OF_LABELS = (cross_entropy, labelled_output)  # losses whose labels can be checked before they are used
 
 
@@ -179,7 +183,7 @@ class Objective(ModelCall):
             got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"{self.who}: loss: wanted a scalar tensor, got {got} {where}")
         if not bool(torch.isfinite(loss)):
-            raise ValueError(f"{self.who}: loss: wanted a finite number, got {float(loss.detach())} {where}")
+            raise NonFiniteLossError(f"{self.who}: loss: wanted a finite number, got {float(loss.detach())} {where}")
         if torch.is_grad_enabled() and not loss.requires_grad:
             raise ValueError(f"{self.who}: loss: wanted one that depends on the weights, got a constant {where}")
         return loss
