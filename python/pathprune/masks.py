@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import prune as torch_prune
 
 from pathprune import _mask_io as bits
-from pathprune._mask_io import Difference, Maintenance, MaskFileError, MaskMismatchError, listed
+from pathprune import torch_prune
+from pathprune._mask_io import Difference, MaskFileError, MaskMismatchError, listed
+from pathprune.maintenance import Maintenance, write_zeros
 
 if TYPE_CHECKING:
     from .report import Report
@@ -174,22 +175,7 @@ class Masks(Mapping[str, Tensor]):
         Raises:
             ValueError: nothing in the model is pruned that way.
         """
-        layers: bits.Layers = {}
-        seen: dict[tuple[int, bytes], str] = {}
-        for prefix, module in model.named_modules():
-            for hook in module._forward_pre_hooks.values():
-                if not isinstance(hook, torch_prune.BasePruningMethod):
-                    continue
-                attribute = hook._tensor_name
-                mask = getattr(module, f"{attribute}_mask")
-                packed = bits.pack_bits(mask)
-                origin = id(getattr(module, f"{attribute}_orig"))
-                name = f"{prefix}.{attribute}" if prefix else attribute
-                if seen.setdefault((origin, packed.numpy().tobytes()), name) == name:
-                    layers[name] = (packed, mask.shape)
-        if not layers:
-            raise ValueError("Masks.from_torch_prune: no tensor of the model is under torch.nn.utils.prune")
-        return cls._of(layers, None)
+        return cls._of(torch_prune.layers_of(model), None)
 
     # The mapping.
 
@@ -449,7 +435,7 @@ class Masks(Mapping[str, Tensor]):
         """
         self.check(model, strict=strict, base=base)
         for weight, name in self._targets(model).items():
-            bits.write_zeros(weight, self._layers[name][0])
+            write_zeros(weight, self._layers[name][0])
         return model
 
     def maintain(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Maintenance:
@@ -475,14 +461,8 @@ class Masks(Mapping[str, Tensor]):
             The model. `torch.nn.utils.prune.remove` makes the zeros permanent.
         """
         self.check(model, base="ignore")
-        holders: dict[int, list[tuple[nn.Module, str]]] = {}
-        for module in model.modules():
-            for attribute, weight in module._parameters.items():
-                holders.setdefault(id(weight), []).append((module, attribute))
-        for weight, name in self._targets(model).items():
-            for module, attribute in holders[id(weight)]:
-                torch_prune.custom_from_mask(module, attribute, self.get(name, device=weight.device))
-        return model
+        targets = [(weight, self.get(name, device=weight.device)) for weight, name in self._targets(model).items()]
+        return torch_prune.hand_over(model, targets)
 
     def with_biases(self, model: nn.Module) -> Masks:
         """With a mask of each bias beside a masked weight: it stays if its unit keeps a weight. See `bias_masks`."""
