@@ -49,6 +49,7 @@ from .rescaling import Rescaling, rescale_
 from .sanity import Inverted, random_labels, reinit, shuffled_pixels
 from .scoring import NetworkScores, scores
 from .select import NonFiniteScoreError, Threshold, keep_masks, select_threshold
+from .sharded_masks import ShardedMasks
 from .sparse import SparseConv2d, SparseLinear, densify, load_sparse, save_sparse, sparsify
 from .stable_resnet import StableResNet, stable_resnet
 from .tangent_kernel import ntk, ntk_trace, ntk_trace_bound, path_activations
@@ -87,6 +88,7 @@ __all__ = [
     "Random",
     "Report",
     "Rescaling",
+    "ShardedMasks",
     "Sketch",
     "SparseConv2d",
     "SparseLinear",

@@ -14,12 +14,15 @@ import os
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+
+from .distributed import whole
+from .stores import held, is_offloaded
 
 PIECE = 1 << 20  # weights handled at once: a multiple of 8, and small enough for no temporary to matter
 FORMAT = "pathprune.masks"
@@ -28,6 +31,22 @@ FORMAT_VERSION = "1"
 Layers = dict[str, tuple[Tensor, torch.Size]]  # name -> (bits uint8 [ceil(n / 8)], shape of the weight)
 
 _ONES_IN_BYTE = torch.tensor([byte.bit_count() for byte in range(256)])
+
+
+class Count(NamedTuple):
+    """Weights of one layer."""
+
+    kept: int
+    total: int
+
+
+class Width(NamedTuple):
+    """Units of one layer: rows are dimension 0, columns dimension 1; live ones keep at least one weight."""
+
+    live_rows: int
+    rows: int
+    live_columns: int
+    columns: int
 
 
 class MaskFileError(ValueError):
@@ -182,7 +201,8 @@ def scattered_bits(kept: int, total: int, seed: int) -> Tensor:
 def base_hash(model: nn.Module, names: Iterable[str]) -> str:
     """Fingerprint of dense weights: blake2b over name, shape, dtype and values of each, in order of name.
 
-    Neither the device nor the strides of a weight matter; its dtype and each of its bits do.
+    Neither the device nor the strides of a weight matter, nor over which ranks it is spread (one is gathered at a
+    time); its dtype and each of its bits do.
 
     Args:
         model: holds a parameter of each name.
@@ -196,11 +216,14 @@ def base_hash(model: nn.Module, names: Iterable[str]) -> str:
         ValueError: a parameter is on the meta device: it has no values.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
+    wanted = sorted(names)
+    if any(parameters[name].is_meta for name in wanted) and is_offloaded(model):
+        parameters |= held(model)  # type: ignore[arg-type]
     digest = hashlib.blake2b(digest_size=16)
-    for name in sorted(names):
-        weight = parameters[name].detach()
-        if weight.is_meta:
+    for name in wanted:
+        if parameters[name].is_meta:
             raise ValueError(f"base_hash: {name}: wanted a weight with values, got one on the meta device")
+        weight = whole(parameters[name])
         digest.update(json.dumps([name, list(weight.shape), str(weight.dtype)]).encode())
         for _, piece in flat_pieces(weight):
             values = piece.reshape(-1).cpu().contiguous().view(torch.uint8)
@@ -361,26 +384,6 @@ def dense_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: weight for name, weight in model.named_parameters() if weight.ndim >= 2 and weight in used}
 
 
-def refuse_unwritable(model: nn.Module, name: str, weight: Tensor) -> None:
-    """Raises ValueError for a parameter in which zeros written in place would fail or be lost."""
-    if weight.is_meta:
-        holder = model.get_submodule(name.rpartition(".")[0])
-        offloaded = "accelerate has offloaded it: apply the masks before the model is dispatched"
-        hint = offloaded if hasattr(holder, "_hf_hook") else "load the weights first"
-        reason = f"it is on the meta device and has no values ({hint})"
-    elif weight.layout is not torch.strided:
-        reason = f"its layout is {weight.layout}, not dense"
-    elif hasattr(weight, "to_local"):
-        reason = "it is distributed: apply the masks before the model is sharded"
-    elif weight.is_inference():
-        reason = "it was made under torch.inference_mode()"
-    elif any(step == 0 and size > 1 for step, size in zip(weight.stride(), weight.shape, strict=True)):
-        reason = "several of its elements share memory"
-    else:
-        return
-    raise ValueError(f"masks: {name} cannot be written: {reason}")
-
-
 def compare(model: nn.Module, shapes: Mapping[str, Sequence[int]], recorded: str | None) -> Difference:
     """What sets masks and a model apart.
 
@@ -399,7 +402,8 @@ def compare(model: nn.Module, shapes: Mapping[str, Sequence[int]], recorded: str
     covered = {present[name] for name in shapes if name in present}
     unmasked = [name for name, weight in dense_weights(model).items() if weight not in covered]
     base = None
-    if recorded and not absent and not other and not any(weight.is_meta for weight in covered):
+    has_values = is_offloaded(model) or not any(weight.is_meta for weight in covered)
+    if recorded and not absent and not other and has_values:
         found = base_hash(model, shapes)
         base = (recorded, found) if found != recorded else None
     return Difference(tuple(absent), tuple(unmasked), tuple(other), base, naming_hint(absent, present))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ._mask_io import flat_pieces, unpack_bits, unpack_mask
+from .distributed import local
 
 
 def write_zeros(weight: Tensor, packed: Tensor) -> None:
@@ -28,7 +29,8 @@ class Maintenance:
     copied, pickled and saved meanwhile.
 
     Args:
-        masked: parameter -> bits uint8 [ceil(n / 8)] of its mask; may join the optimizer later.
+        masked: parameter -> bits uint8 [ceil(n / 8)] of its mask, of a DTensor those of its local part; may join the
+            optimizer later.
         optimizer: any torch optimizer; a wrapper that keeps the real one in `.optimizer` is seen through.
 
     Raises:
@@ -44,7 +46,7 @@ class Maintenance:
         if self._bits and held.isdisjoint(self._bits):
             raise ValueError("maintain: optimizer: wanted one of this model, got one of no masked parameter")
         for parameter, packed in self._bits.items():
-            write_zeros(parameter, packed)
+            write_zeros(local(parameter), packed)
             self._mask_gradient(parameter)
         self._mask_optimized(optimizer)
         for parameter in self._bits:
@@ -66,10 +68,11 @@ class Maintenance:
         self.remove()
 
     def _mask(self, parameter: nn.Parameter, tensor: Tensor) -> None:
-        key = (parameter, tensor.device)
+        here = local(tensor)
+        key = (parameter, here.device)
         if key not in self._removed:
-            self._removed[key] = ~unpack_mask(self._bits[parameter], parameter.shape, tensor.device)
-        tensor.masked_fill_(self._removed[key], 0)
+            self._removed[key] = ~unpack_mask(self._bits[parameter], local(parameter).shape, here.device)
+        here.masked_fill_(self._removed[key], 0)
 
     def _mask_gradient(self, parameter: nn.Parameter) -> None:
         if parameter.grad is not None and parameter.grad.layout is torch.strided:

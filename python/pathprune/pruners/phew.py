@@ -70,6 +70,10 @@ class PHEW(Pruner):
     def rule(self) -> WalkRule:
         return WalkRule(self.power, self.branches, self.identities, self.start)
 
+    @property
+    def scores_shards(self) -> bool:
+        return self.bias is None
+
     def rounds_for(self, densities: Sequence[float]) -> int:
         return len(densities)
 
@@ -84,8 +88,9 @@ class PHEW(Pruner):
     ) -> Iterator[Round]:
         if selection.scope.kind != "global" or selection.count != "exact":
             raise ValueError(f"PHEW: wanted scope='global' and count='exact', got {selection.scope} {selection.count}")
-        for name in {network.nodes[k].weight for k in network.synapses()}:  # type: ignore[attr-defined]
-            check_finite(name, network.tensors[name].detach())
+        with network.shards.together("PHEW"):
+            for name in {network.nodes[k].weight for k in network.synapses()}:  # type: ignore[attr-defined]
+                check_finite(name, network.tensors[name].detach())
         return self._walked(network, selection, plan, on_snapshot, seed)
 
     def _walked(
