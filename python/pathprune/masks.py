@@ -145,6 +145,7 @@ class Masks(Mapping[str, Tensor]):
             KeyError: the model has no parameter of a given name.
             ValueError: a parameter is on the meta device.
         """
+        reshard(model)
         weights = bits.dense_weights(model)
         if names is not None:
             parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -365,6 +366,7 @@ class Masks(Mapping[str, Tensor]):
         Args:
             base: also hash the covered weights, if the masks recorded a hash; reads all of them.
         """
+        reshard(model)
         return bits.compare(model, self._shapes(), self.metadata.get("base_hash") if base else None)
 
     def check(self, model: nn.Module, *, strict: bool = True, base: OnOtherBase = "warn") -> Difference:
@@ -411,7 +413,6 @@ class Masks(Mapping[str, Tensor]):
         Args:
             in_place: the parameters themselves are to be trained.
         """
-        reshard(model)
         present = dict(model.named_parameters(remove_duplicate=False))
         targets: dict[nn.Parameter, tuple[str, Tensor]] = {}
         first: dict[tuple[object, ...], str] = {}
