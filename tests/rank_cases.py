@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -436,7 +437,7 @@ def shards_that_are_replicated(folder: Path) -> None:
 
 def wide() -> nn.Module:
     sizes = (700, 1500, 1501, 3)
-    layers = [nn.Linear(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True)]
+    layers = [nn.Linear(a, b) for a, b in itertools.pairwise(sizes)]
     return nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
 
 

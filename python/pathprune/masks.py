@@ -23,7 +23,7 @@ from pathprune import torch_prune
 from pathprune._mask_io import Count, Difference, MaskFileError, MaskMismatchError, Width, listed
 from pathprune.distributed import is_spread, local, placed_like, reshard, whole
 from pathprune.maintenance import Maintenance, write_zeros
-from pathprune.stores import written
+from pathprune.stores import copies, written
 
 if TYPE_CHECKING:
     from .report import Report
@@ -442,7 +442,8 @@ class Masks(Mapping[str, Tensor]):
         """
         self.check(model, strict=strict, base=base)
         for weight, (name, here) in self._targets(model).items():
-            write_zeros(here, self._here(name, weight))
+            for memory in (here, *copies(model, name, weight)):
+                write_zeros(memory, self._here(name, weight))
         return model
 
     def maintain(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Maintenance:

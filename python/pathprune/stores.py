@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -40,15 +41,18 @@ def held(model: nn.Module, instead: Mapping[str, Tensor] | None = None) -> dict[
     meta = [name for name, tensor in named.items() if tensor.is_meta and name not in stored]
     if meta:
         raise ValueError(f"PathNetwork: model: wanted materialised weights, got meta tensors: {', '.join(meta[:5])}")
-    read: dict[int, dict[str, Tensor]] = {}  # tensors that one store knows by one name are one
+    read: dict[tuple[int, str], Tensor] = {}  # what one store knows by one name is one
+    tied: list[Tensor] = []
     for name, tensor in named.items():
         if tensor.is_meta:
-            store, key = stored[name]
-            by_key = read.setdefault(id(_whole_store(store)), {})
-            full = _full_key(store, key)
-            if full not in by_key:
-                by_key[full] = _read(store, key)
-            named[name] = by_key[full]
+            place = stored[name]
+            if place.identity not in read:
+                value = place.read()
+                known = next((one for one in tied if _same(one, value)), value) if place.is_tied else value
+                if known is value and place.is_tied:
+                    tied.append(value)
+                read[place.identity] = known
+            named[name] = read[place.identity]
     return named
 
 
@@ -68,12 +72,12 @@ def written(model: nn.Module, name: str, weight: Tensor, *, in_place: bool = Fal
             elements, inference mode).
     """
     if weight.is_meta:
-        stored = None if in_place else dict(_offloaded(model)).get(name)
-        if stored is not None and _checkpoint_of(*stored) is None:
-            return _read(*stored, write=True)
+        place = None if in_place else dict(_offloaded(model)).get(name)
+        if place is not None and place.checkpoint is None:
+            return place.read(write=True)
         holder = model.get_submodule(name.rpartition(".")[0])
-        if stored is not None:
-            hint = f"accelerate reads it from the checkpoint {_checkpoint_of(*stored)}, which is not written to"
+        if place is not None:
+            hint = f"accelerate reads it from the checkpoint {place.checkpoint}, which is not written to"
         elif hasattr(holder, "_hf_hook"):
             hint = "accelerate has offloaded it: train a model that is not offloaded"
         else:
@@ -90,11 +94,77 @@ def written(model: nn.Module, name: str, weight: Tensor, *, in_place: bool = Fal
     raise ValueError(f"masks: {name} cannot be written: {reason}")
 
 
+def copies(model: nn.Module, name: str, weight: Tensor) -> list[Tensor]:
+    """The memory of what else a store keeps of a tied parameter, under its other names."""
+    stored = dict(_offloaded(model)) if weight.is_meta else {}
+    if name not in stored or not stored[name].is_tied:
+        return []
+    mine = stored[name].read()
+    others = [place for other, place in stored.items() if other != name and place.is_tied and place.checkpoint is None]
+    return [place.read(write=True) for place in others if _same(place.read(), mine)]
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+
+
 # ----------------------------------------------------------------------------------------------------- accelerate
 
 
-def _offloaded(model: nn.Module) -> Iterator[tuple[str, tuple[Mapping[str, Tensor], str]]]:
-    """(name, (store, key there)) of what hooks of accelerate keep elsewhere."""
+@dataclass(frozen=True)
+class _Place:
+    """Where accelerate keeps a tensor.
+
+    Attributes:
+        store: its mapping from names within a module to values.
+        key: the name there.
+        is_tied: whether it was one with another tensor before each went to a place of its own.
+    """
+
+    store: Any
+    key: str
+    is_tied: bool
+
+    @property
+    def _loader(self) -> Any:
+        return getattr(self.store, "dataset", self.store)  # a module sees the part of a store with its prefix
+
+    @property
+    def _full_key(self) -> str:
+        return f"{getattr(self.store, 'prefix', '')}{self.key}"
+
+    @property
+    def identity(self) -> tuple[int, str]:
+        return id(self._loader), self._full_key
+
+    @property
+    def _on_disk(self) -> dict[str, Any] | None:
+        """accelerate's description of a tensor on disk; None for one in memory."""
+        in_memory = self._full_key in (getattr(self._loader, "state_dict", None) or {})
+        return None if in_memory or not hasattr(self._loader, "index") else self._loader.index[self._full_key]
+
+    @property
+    def checkpoint(self) -> str | None:
+        """The safetensors file it is read from, if it is."""
+        return (self._on_disk or {}).get("safetensors_file")
+
+    def read(self, write: bool = False) -> Tensor:
+        """The values: in memory, or a map of their file, for writing if asked."""
+        described = self._on_disk
+        if described is None or "safetensors_file" in described:
+            return self.store[self.key]
+        wanted = described["dtype"]
+        as_stored = {"bfloat16": "int16"}.get(wanted, "int8" if wanted.startswith("float8") else wanted)
+        shape = tuple(described["shape"])
+        file = os.path.join(self._loader.save_folder, f"{self._full_key}.dat")
+        # A private map of what is only read: torch has no tensors that cannot be written to.
+        array = np.memmap(file, dtype=as_stored, shape=shape or (1,), mode="r+" if write else "c")
+        tensor = torch.from_numpy(array).reshape(shape)
+        return tensor if as_stored == wanted else tensor.view(getattr(torch, wanted))
+
+
+def _offloaded(model: nn.Module) -> Iterator[tuple[str, _Place]]:
+    """What hooks of accelerate keep elsewhere, by name."""
     for path, module in model.named_modules():
         hook: Any = getattr(module, "_hf_hook", None)
         for one in getattr(hook, "hooks", (hook,)):
@@ -107,39 +177,4 @@ def _offloaded(model: nn.Module) -> Iterator[tuple[str, tuple[Mapping[str, Tenso
             ]
             for key, tensor in tensors:
                 if tensor.is_meta:
-                    yield (f"{path}.{key}" if path else key), (store, key)
-
-
-def _whole_store(store: Mapping[str, Tensor]) -> Any:
-    """accelerate shows each module the part of a store with its prefix."""
-    return getattr(store, "dataset", store)
-
-
-def _full_key(store: Any, key: str) -> str:
-    return f"{getattr(store, 'prefix', '')}{key}"
-
-
-def _entry(store: Any, key: str) -> tuple[str | None, dict[str, Any]]:
-    """(folder, description) of a tensor that lies on disk; (None, {}) of one in memory."""
-    loader, full = _whole_store(store), _full_key(store, key)
-    if full in (getattr(loader, "state_dict", None) or {}) or not hasattr(loader, "index"):
-        return None, {}
-    return loader.save_folder, loader.index[full]
-
-
-def _checkpoint_of(store: Any, key: str) -> str | None:
-    return _entry(store, key)[1].get("safetensors_file")
-
-
-def _read(store: Any, key: str, write: bool = False) -> Tensor:
-    folder, described = _entry(store, key)
-    if folder is None or "safetensors_file" in described:
-        return store[key]
-    wanted = described["dtype"]
-    as_stored = {"bfloat16": "int16"}.get(wanted, "int8" if wanted.startswith("float8") else wanted)
-    shape = tuple(described["shape"])
-    file = os.path.join(folder, f"{_full_key(store, key)}.dat")
-    # A private map of what is only read: torch has no tensors that cannot be written to.
-    array = np.memmap(file, dtype=as_stored, shape=shape or (1,), mode="r+" if write else "c")
-    tensor = torch.from_numpy(array).reshape(shape)
-    return tensor if as_stored == wanted else tensor.view(getattr(torch, wanted))
+                    yield (f"{path}.{key}" if path else key), _Place(store, key, key in one.tied_params_names)
