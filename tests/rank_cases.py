@@ -18,10 +18,15 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import pathprune as pp
+from pathprune.distributed import Group
+from pathprune.flow import PathFlow
+from pathprune.ops import WeightMap
+from pathprune.policy import policy_of
+from pathprune.weights import weights_of
 
 
 class Branches(nn.Module):
-    """Convolutions of all kinds, a batch norm, a skip, and a head with fewer rows than ranks."""
+    """Convolutions of all kinds, a batch norm, a skip, and a head of one row: the other ranks have none of it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -29,7 +34,7 @@ class Branches(nn.Module):
         self.norm = nn.BatchNorm2d(8)
         self.grouped = nn.Conv2d(8, 8, 3, groups=2, padding=1)
         self.up = nn.ConvTranspose2d(8, 5, 2, stride=2)
-        self.head = nn.Linear(5, 2)
+        self.head = nn.Linear(5, 1)
         with torch.no_grad():
             self.norm.running_var.uniform_(0.5, 2)
             self.norm.weight.uniform_(-2, 2)
@@ -54,6 +59,11 @@ class Tied(nn.Module):
 
 def perceptron() -> nn.Module:
     return nn.Sequential(nn.Linear(8, 13), nn.ReLU(), nn.Linear(13, 32), nn.ReLU(), nn.Linear(32, 2))
+
+
+def perceptron_again() -> nn.Module:
+    torch.manual_seed(0)
+    return perceptron()
 
 
 SHAPES: dict[Callable[[], nn.Module], tuple[int, ...]] = {perceptron: (1, 8), Branches: (1, 3, 6, 6), Tied: (1, 7)}
@@ -146,6 +156,33 @@ def a_list_of_densities_and_patterns(folder: Path) -> None:
     assert found == pp.prune(one, pp.Magnitude(), example_input=x, scope="2:4", exclude="2.*")
 
 
+def linear_weights_are_scored_where_they_are(folder: Path) -> None:
+    """What a round sends is flows and counts: no weight is gathered."""
+    _, spread, x = pair(perceptron)
+    network = pp.PathNetwork.from_module(spread, x, sharded=True)
+    weights = weights_of(network, network.select(), (WeightMap.ABS, WeightMap.ABS))
+    flow = PathFlow(network, weights, f=WeightMap.ABS, policy=policy_of("published"))
+    sent: list[int] = []
+
+    class Counted(Group):
+        def each(self, tensor: Tensor) -> Tensor:
+            sent.append(tensor.numel())
+            return super().each(tensor)
+
+        def sum_(self, tensor: Tensor) -> Tensor:
+            sent.append(tensor.numel())
+            return super().sum_(tensor)
+
+    counted = Counted(dist.group.WORLD)
+    for weight in weights.values():
+        weight.group = counted
+        assert weight.rows.numel() == network.tensors[weight.name].to_local().numel()
+    flow.forward()
+    flow.backward()
+    widest = max(part for weight in weights.values() for part in weight.shape)
+    assert len(sent) == 2 * 3 and max(sent) <= widest, sent  # forward and backward, in three layers
+
+
 def ties_stay_in_the_order_of_one_process(folder: Path) -> None:
     one, spread, x = pair(perceptron)
     for model in (one, spread):
@@ -200,6 +237,7 @@ def masks_lie_as_the_weights_do(folder: Path) -> None:
     assert ~found == ~alone and (~found).kept == found.total - found.kept
     assert found != other and pp.Masks.soup([found, other], 2) == (alone & other_alone)
     assert found.shuffle(7) == alone.shuffle(7)
+    assert found.with_biases(spread) == alone.with_biases(one)
     assert str(found.report()).splitlines()[0] == str(alone.report()).splitlines()[0]
     with pytest.raises(ValueError, match=r"lie on the devices of their mesh.*whole"):
         found.to("cpu")
@@ -391,11 +429,16 @@ def what_fails_on_one_rank_is_known_on_all(folder: Path) -> None:
 
 def weights_that_are_cut_otherwise(folder: Path) -> None:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    model = perceptron()
+    model = perceptron_again()
     model[2].weight = nn.Parameter(distribute_tensor(model[2].weight.detach(), mesh, [Shard(1)]))
     for pruner in (pp.SynFlow(), pp.PHEW()):
         with pytest.raises(ValueError, match=r"weight '2.weight': wanted whole rows .*got placements .*Shard\(dim=1\)"):
             pp.prune(model, pruner, density=0.3, example_input=torch.ones(1, 8))
+    gathered = pp.PathNetwork.from_module(model, torch.ones(1, 8))
+    masks = pp.prune(gathered, pp.SynFlow(rounds=2), density=0.3)
+    assert masks == pp.prune(perceptron_again(), pp.SynFlow(rounds=2), density=0.3, example_input=torch.ones(1, 8))
+    masks.apply_(model)
+    assert torch.equal(model[2].weight.full_tensor() != 0, masks["2.weight"])
     with pytest.raises(TypeError, match="process_group: wanted a ProcessGroup, got str"):
         pp.prune(model, pp.Magnitude(), density=0.3, example_input=torch.ones(1, 8), process_group="world")
 
@@ -467,6 +510,7 @@ def millions_of_weights(folder: Path) -> None:
 QUICK = [
     the_masks_are_those_of_one_process,
     a_list_of_densities_and_patterns,
+    linear_weights_are_scored_where_they_are,
     ties_stay_in_the_order_of_one_process,
     weights_that_are_whole_on_every_rank,
     masks_lie_as_the_weights_do,

@@ -265,7 +265,8 @@ def _group_of(name: str, tensor: DTensor) -> Group | None:
     if len(cut) > 1 or not placement.is_shard(0) or type(placement).__name__ != "Shard":
         raise ValueError(
             f"prune: weight '{name}': wanted whole rows on each rank (Shard(0) along one mesh dimension), "
-            f"got placements {tuple(tensor.placements)}"
+            f"got placements {tuple(tensor.placements)}; prune PathNetwork.from_module(model, example_input), which "
+            "gathers them"
         )
     group = Group(mesh.get_group(cut[0]))
     first, last = group.rows(tensor.shape[0])
