@@ -9,7 +9,7 @@ of threads nor the device shows in the result.
 The mask is that of the sequential rule "walk until the target is reached": walks are marked in order, and the last
 one stays whole. Bytes: a batch reads each weight once in each direction; 1/8 byte a weight for the mask, 8 a step of
 the batch. Where weights are spread over ranks, each walks its share of a batch, and each layer is gathered while it is
-walked through. Oracle: a literal walker (tests), and exact visit probabilities.
+walked through, once for each batch and direction. Oracle: a literal walker (tests), and exact visit probabilities.
 """
 
 from __future__ import annotations
