@@ -52,6 +52,7 @@ from .sanity import Inverted, random_labels, reinit, shuffled_pixels
 from .score_table import NetworkScore
 from .scoring import NetworkScores, scores
 from .select import NonFiniteScoreError, Threshold, keep_masks, select_threshold
+from .sharded_masks import ShardedMasks
 from .space_scores import score_space
 from .sparse import SparseConv2d, SparseLinear, densify, load_sparse, save_sparse, sparsify
 from .stable_resnet import StableResNet, stable_resnet
@@ -93,6 +94,7 @@ __all__ = [
     "Random",
     "Report",
     "Rescaling",
+    "ShardedMasks",
     "Sketch",
     "SparseConv2d",
     "SparseLinear",

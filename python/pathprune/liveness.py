@@ -110,7 +110,8 @@ def reach(
     flow.backward()
     layers, packed = {}, {}
     for name, node in synapses.items():
-        words, weight = flow.live.pop(name), counted[name]
+        weight = counted[name]
+        words = weight.whole_words(flow.live.pop(name))
         layers[name] = _layer(weight, node, words)
         if keep_bits:
             packed[name] = (_bits(words, weight.columns), weight.shape)

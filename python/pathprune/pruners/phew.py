@@ -11,6 +11,7 @@ import torch
 
 from .. import ops
 from .._mask_io import unpack_mask
+from ..distributed import ALONE, check_finite
 from ..liveness import reach
 from ..network import PathNetwork
 from ..nodes import Softmax
@@ -20,7 +21,7 @@ from ..path_sampling import FlowWalks
 from ..walk_masks import Marked, WalkMasks
 from ..walk_reference import powered
 from ..walks import WalkRule, Walks
-from ..weights import check_finite, weights_of
+from ..weights import weights_of
 from .base import Pruner, Round, Selection
 
 
@@ -79,6 +80,10 @@ class PHEW(Pruner):
     def rule(self) -> WalkRule:
         return WalkRule(self.power, self.branches, self.identities, self.start)
 
+    @property
+    def scores_shards(self) -> bool:
+        return self.bias is None
+
     def rounds_for(self, densities: Sequence[float]) -> int:
         return len(densities)
 
@@ -93,8 +98,9 @@ class PHEW(Pruner):
     ) -> Iterator[Round]:
         if selection.scope.kind != "global" or selection.count != "exact":
             raise ValueError(f"PHEW: wanted scope='global' and count='exact', got {selection.scope} {selection.count}")
-        for name in {network.nodes[k].weight for k in network.synapses()}:  # type: ignore[attr-defined]
-            check_finite(name, network.tensors[name].detach())
+        with network.shards.together("PHEW"):
+            for name in {network.nodes[k].weight for k in network.synapses()}:  # type: ignore[attr-defined]
+                check_finite(name, network.tensors[name].detach())
         return self._walked(network, selection, plan, on_snapshot, seed)
 
     def _walked(
@@ -157,8 +163,14 @@ class _Asking:
         self._keys: dict[str, torch.Tensor] = {}  # [*shape], -inf where walks go
         self.total = 0
         self._counts: dict[str, int] = {}
-        if not any(isinstance(network.nodes[k], Softmax) for k in network.alive):
+        attention = [network.nodes[k].where for k in network.alive if isinstance(network.nodes[k], Softmax)]
+        if not attention:
             return
+        if network.shards is not ALONE:
+            raise ValueError(
+                f"PHEW: model: wanted whole weights where there is attention ({attention[0]}), got rows on "
+                "several ranks; prune(PathNetwork.from_module(model, example_input), ...) gathers them"
+            )
         weights = weights_of(network, (), (WeightMap.ONE, WeightMap.ONE))
         every, walked = (reach(network, weights, keep_bits=True, attention=a).packed for a in ("half", "values"))
         offset = 0
