@@ -399,15 +399,17 @@ def markdown(results: Sequence[Result], subject: str, clock: str = "wall") -> st
     return "\n".join(lines)
 
 
-def save(name: str, results: Sequence[Result], folder: str | Path, **extra: Any) -> Path:
-    """Write `folder/name.machine.json` whole or not at all; return its path."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    facts = machine_facts()
-    path = folder / f"{name}.{facts['machine']}.json"
-    content = {"benchmark": name, **facts, **extra, "results": [result.summary() for result in results]}
-    text = json.dumps(content, indent=1)
-    with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".tmp", delete=False) as file:
-        file.write(text)
+def result_path(name: str, folder: str | Path) -> Path:
+    """`folder/name.machine.json`: where a suite's results of this machine belong."""
+    return Path(folder) / f"{name}.{machine_name()}.json"
+
+
+def save(name: str, results: Sequence[Result], folder: str | Path, file_name: str = "", **extra: Any) -> Path:
+    """Write `folder/name.machine.json` (or `folder/file_name`) whole or not at all; return its path."""
+    path = Path(folder) / file_name if file_name else result_path(name, folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"benchmark": name, **machine_facts(), **extra, "results": [result.summary() for result in results]}
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+        file.write(json.dumps(content, indent=1))
     os.replace(file.name, path)
     return path

@@ -27,8 +27,9 @@ STABLE = re.compile(r"(aoti_torch_|torch_)[a-z0-9_]+")
 SYSTEM = re.compile(
     r".+@@?(GLIBC|GLIBCXX|CXXABI|GCC)_[0-9.]+|__gmon_start__|_ITM_(de)?registerTMCloneTable|__cxa_finalize"
 )
-# Without versions where libstdc++ is found through a linker script, and so for what is in each of its releases.
-RUNTIME = re.compile(r"_ZN?K?S[tabsiod].*|_ZT[VIS](N10__cxxabiv1|S[tabsiod]|N?St).*|__cxa_\w+|_Zn[wa].*|_Zd[la].*")
+# The C++ runtime without a version: what the linker met first in a library of torch that carries a copy. The copy, or
+# libstdc++ of the version the wheel's tag implies, serves at run time.
+RUNTIME = re.compile(r"_ZN?K?[RO]?S[tabsiod].*|_ZT[VIS](N10__cxxabiv1|S[tabsiod]|N?St).*|__cxa_\w+|_Zn[wa].*|_Zd[la].*")
 PYTHON = re.compile(r"_?Py\w*")
 LIBRARIES = {"libc.so.6", "libm.so.6", "libstdc++.so.6", "libgcc_s.so.1", "ld-linux-x86-64.so.2", "libpthread.so.0"}
 LIBRARIES |= {"libdl.so.2", "librt.so.1", "ld-linux-aarch64.so.1"}

@@ -23,6 +23,7 @@ FLOORS = [
         "schedules",
         "policy",
         "batches",
+        "bench",
     },
     {"reference", "sparse_reference", "spectrum", "pooling", "plots", "info"},
     {"walk_reference"},

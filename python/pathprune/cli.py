@@ -1,4 +1,4 @@
-"""The ``pathprune`` command: info, prune, support, report.
+"""The ``pathprune`` command: info, prune, support, report, bench.
 
 Exit codes: 0 done, 1 a mistake or a failure (one line on stderr), 2 wrong usage, 130 interrupted (to a shell: an
 interrupt inside generated source ends CPython by the signal itself).
@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
+from . import bench as benchmarks
 from . import info as installation
 from .loading import example_input, load_model
 from .masks import Masks
@@ -170,6 +171,17 @@ def report(
         if plot is not None:
             _plot(found, plot)
     typer.echo(str(found))
+
+
+_PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+@app.command(context_settings=_PASSED_ON, add_help_option=False)
+def bench(context: typer.Context) -> None:
+    """Measure against the published loops and plain PyTorch (in a checkout); `pathprune bench --help` says how."""
+    with _one_line_errors():
+        code = benchmarks.run(context.args)
+    raise typer.Exit(code)
 
 
 def _plot(found: Report, path: Path) -> None:

@@ -1,0 +1,48 @@
+"""``pathprune bench``: runs the benchmarks of a checkout in a process of their own.
+
+The benchmarks are not part of the installed package: most of their code is other people's algorithms, written out with
+their costs, which nobody should import. They come with the source (a clone or the sdist). The process is a new one
+because large pages and the number of OpenMP threads are decided when torch is loaded.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+# What every figure of this project was taken under, unless the environment says otherwise.
+SETTING = {"THP_MEM_ALLOC_ENABLE": "1", "OMP_NUM_THREADS": "1"}
+
+
+def find_benchmarks() -> Path:
+    """The folder ``benchmarks`` of the source that this package runs from, else of the one around the working folder.
+
+    Raises:
+        FileNotFoundError: there is neither; says where to get it.
+    """
+    own = Path(__file__).resolve().parents[2]
+    around = [Path.cwd(), *Path.cwd().parents]
+    for root in (own, *around):
+        project = root / "pyproject.toml"
+        if (root / "benchmarks" / "run.py").is_file() and project.is_file():
+            if re.search(r'^name = "pathprune"$', project.read_text(), re.MULTILINE):
+                return root / "benchmarks"
+    raise FileNotFoundError(
+        "bench: the benchmarks come with the source, not with the installed package: unpack "
+        "`pip download --no-binary :all: --no-deps pathprune` or clone the repository, and run this inside"
+    )
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs ``benchmarks/run.py``; its output is this process's. Returns its exit code.
+
+    Raises:
+        FileNotFoundError: there are no benchmarks here.
+    """
+    command = [sys.executable, str(find_benchmarks() / "run.py"), *arguments]
+    environment = {**SETTING, **os.environ, "PATHPRUNE_BENCH_NAME": "pathprune bench"}
+    return subprocess.run(command, env=environment, check=False).returncode
