@@ -32,7 +32,7 @@ def load(path: Path) -> dict[str, Any]:
     return content
 
 
-def samples(content: dict[str, Any], clock: str) -> dict[tuple[str, str], list[float]]:
+def seconds_of(content: dict[str, Any], clock: str) -> dict[tuple[str, str], list[float]]:
     """(case, candidate) -> seconds of every repeat."""
     return {
         (result["case"], name): clocks[clock]
@@ -64,19 +64,20 @@ def compare(before: Path, after: Path, clock: str = "wall") -> str:
         ValueError: a file is of something else, or they have no case in common.
     """
     first, second = load(before), load(after)
-    one, two = samples(first, clock), samples(second, clock)
+    one, two = seconds_of(first, clock), seconds_of(second, clock)
     shared = [key for key in one if key in two]
     if not shared:
         raise ValueError(f"compare: {before} and {after} have no case in common")
-    lines = [f"Before: {before} ({first['date']}, {first['cpu']}). After: {after} ({second['date']}, {second['cpu']}).", ""]
+    told = (f"{path} ({content['date']}, {content['cpu']})" for path, content in ((before, first), (after, second)))
+    lines = ["Before: {}. After: {}.".format(*told), ""]
     for key in SETTING:
         if first.get(key) != second.get(key):
-            lines.append(f"**Other {key.replace('_', ' ')}: {first.get(key)} and {second.get(key)}.** ")
+            lines.append(f"**Other {key.replace('_', ' ')}: {first.get(key)} and {second.get(key)}.**  ")
     lines += ["", f"| case | | before, ms ({clock}) | after, ms | after / before | |", "|---|---|---|---|---|---|"]
     for case, name in shared:
-        was, now = one[case, name], two[case, name]
-        times = f"{1e3 * statistics.median(was):.3g} | {1e3 * statistics.median(now):.3g} | {statistics.median(now) / statistics.median(was):.2f}"
-        lines.append(f"| {case} | {name} | {times} | {verdict(was, now)} |")
+        was, now = (statistics.median(samples[case, name]) for samples in (one, two))
+        times = f"{1e3 * was:.3g} | {1e3 * now:.3g} | {now / was:.2f}"
+        lines.append(f"| {case} | {name} | {times} | {verdict(one[case, name], two[case, name])} |")
     for path, mine, others in ((before, one, two), (after, two, one)):
         alone = sorted({case for case, name in mine if (case, name) not in others})
         lines += ["", f"Only in {path}: {'; '.join(alone)}."] if alone else []

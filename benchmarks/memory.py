@@ -25,7 +25,8 @@ def peaks(key: str, bandwidth: float, device: str = "cpu") -> Result:
     setting = SETTINGS[key]
     model, x = made(setting, device)
     network = PathNetwork.from_module(model, x)
-    case = Case(f"peak memory, {ROUNDS} rounds to {DENSITY:.0%}, {setting.name}", lambda: agree(setting, device), device)
+    name = f"peak memory, {ROUNDS} rounds to {DENSITY:.0%}, {setting.name}"
+    case = Case(name, lambda: agree(setting, device), device)
     options = {"density": DENSITY, "progress": False}
     case.add(OURS, lambda: pp.prune(network, pp.SynFlow(rounds=ROUNDS), **options))
 

@@ -29,6 +29,7 @@ import selection
 import sensitivity
 import walks
 from harness import Result, copy_bandwidth, markdown, result_path, save
+from pathprune import _library
 
 Work = Callable[[float], Result]
 
@@ -151,6 +152,8 @@ def measure(suite: str, options: argparse.Namespace) -> list[Result]:
 def checked(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """The options, refused in a line where something is wrong with them."""
     options = parser.parse_args()
+    if not (_library.cpu_loaded or options.compare or options.list):
+        parser.error(f"the compiled ops are not loaded, so there is nothing to measure: {_library.cpu_error}")
     options.suites = options.suite.split(",") if options.suite else list(SUITES)
     unknown = [suite for suite in options.suites if suite not in SUITES]
     if unknown:

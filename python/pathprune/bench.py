@@ -22,19 +22,21 @@ def find_benchmarks() -> Path:
     """The folder ``benchmarks`` of the source that this package runs from, else of the one around the working folder.
 
     Raises:
-        FileNotFoundError: there is neither; says where to get it.
+        FileNotFoundError: there is neither; says where they are.
     """
     own = Path(__file__).resolve().parents[2]
     around = [Path.cwd(), *Path.cwd().parents]
     for root in (own, *around):
-        project = root / "pyproject.toml"
-        if (root / "benchmarks" / "run.py").is_file() and project.is_file():
-            if re.search(r'^name = "pathprune"$', project.read_text(), re.MULTILINE):
-                return root / "benchmarks"
+        if (root / "benchmarks" / "run.py").is_file() and _is_ours(root / "pyproject.toml"):
+            return root / "benchmarks"
     raise FileNotFoundError(
-        "bench: the benchmarks come with the source, not with the installed package: unpack "
-        "`pip download --no-binary :all: --no-deps pathprune` or clone the repository, and run this inside"
+        "bench: the benchmarks come with the source, not with the installed package: run this inside a checkout or an "
+        f"unpacked source distribution of pathprune (looked in {own} and from {Path.cwd()} upwards)"
     )
+
+
+def _is_ours(project: Path) -> bool:
+    return project.is_file() and re.search(r'^name = "pathprune"$', project.read_text(), re.MULTILINE) is not None
 
 
 def run(arguments: Sequence[str]) -> int:
