@@ -280,7 +280,7 @@ def kernel() -> str:
 
 
 def losses() -> str:
-    """Every measured case in which a baseline is quicker, worst first; of the grid of products a line for each layer."""
+    """Every measured case in which a baseline is quicker, worst first; of the grid of products a line a layer."""
     rows, grid = [], {}
     for path in sorted(RESULTS.glob("*.*.json")):
         one = Suite(json.loads(path.read_text()))
