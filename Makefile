@@ -70,7 +70,7 @@ sanitize: $(INSTALLED)  ## the CPU ops under the address and undefined-behaviour
 	scripts/sanitize.sh $(BIN)/python $(PYTEST_ARGS)
 
 docs: $(INSTALLED) $(VENV)/.pathprune-docs  ## the documentation as a site in build/site; warnings are errors
-	$(BIN)/python -m mkdocs build --strict --quiet
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/site
 
 # Not built by the editable install's cache: a wheel carries code for every GPU generation that is served.
 wheel: $(INSTALLED) $(VENV)/.pathprune-wheel  ## a manylinux wheel in dist/, and what it asks of torch and of the system

@@ -1,6 +1,6 @@
 """How the time of a SynFlow round grows: with weights, depth, density, rounds, threads, and networks at once.
 
-python benchmarks/scaling.py [--only depth] [--out benchmarks/results]
+python benchmarks/scaling.py [--only depth] [--without threads] [--out benchmarks/results]
 
 A point is verified, then timed beside the published loop and the best plain PyTorch (`baselines`) as everywhere here;
 minutes in all. Perceptrons have 784 inputs and 10 outputs; the batch is of ResNet-20s with other weights, scored in
@@ -29,7 +29,7 @@ DEPTHS = (2, 4, 8, 16, 32)
 DENSITIES = (0.8, 0.4, 0.2, 0.1, 0.05, 0.02, 0.01)
 ROUNDS = (1, 3, 10, 30, 100)
 THREADS = (1, 2)
-BATCHES = (1, 4, 16, 64)
+BATCHES = (2, 4, 8, 16, 32)
 AXES = {
     "weights": "weights",
     "depth": "layers of 1024 x 1024",
@@ -131,13 +131,13 @@ def by_batch(bandwidth: float) -> list[Result]:
     x = torch.ones(1, 3, 32, 32)
     method = pp.SynFlow()
     results = []
+    nets = []
+    for seed in range(max(BATCHES)):
+        torch.manual_seed(seed)
+        nets.append(models.resnet20().eval())
+    read = [PathNetwork.from_module(net, x) for net in nets]
     for batch in BATCHES:
-        nets = []
-        for seed in range(batch):
-            torch.manual_seed(seed)
-            nets.append(models.resnet20().eval())
-        networks = [PathNetwork.from_module(net, x) for net in nets]
-        sets = [net.state_dict() for net in nets]
+        networks, sets = read[:batch], [net.state_dict() for net in nets[:batch]]
 
         def together(networks: Any = networks, sets: Any = sets) -> list[pp.NetworkScores]:
             return pp.scores(sets, method, architecture=networks[0])
@@ -171,7 +171,7 @@ COLORS = {OURS: "#1f4e79", NUMPY: "#e0873c", PUBLISHED: "#8f8f8f", ONE_BY_ONE: "
 
 
 def clock_of(axis: str) -> str:
-    """One thread's own processor time, which neighbours on the machine disturb least; where threads count, the wall."""
+    """One thread's own processor time, which neighbours on the machine disturb least; where threads count, the wall: there they disturb all."""
     return "wall" if axis == "threads" else "thread"
 
 
@@ -180,10 +180,12 @@ def plot(results: Sequence[Result], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 6.4), dpi=110)
+    shown_axes = [axis for axis in AXES if any(result.notes["axis"] == axis for result in results)]
+    rows = -(-len(shown_axes) // 3)
+    figure = Figure(figsize=(11, 3.2 * rows), dpi=110)
     FigureCanvasAgg(figure)
-    axes = figure.subplots(2, 3)
-    for ax, (axis, label) in zip(axes.flat, AXES.items(), strict=True):
+    for place, axis in enumerate(shown_axes, 1):
+        ax = figure.add_subplot(rows, 3, place)
         chosen = [result for result in results if result.notes["axis"] == axis]
         lines: dict[tuple[str, str], list[tuple[float, float]]] = {}
         for result in chosen:
@@ -204,7 +206,7 @@ def plot(results: Sequence[Result], path: Path) -> None:
             ax.minorticks_off()
         if axis == "density":
             ax.invert_xaxis()
-        ax.set_xlabel(label, fontsize=9)
+        ax.set_xlabel(AXES[axis], fontsize=9)
         ax.set_title(TITLES.get(axis, "ms a round"), fontsize=9)
         ax.tick_params(labelsize=8)
         ax.grid(color="#dddddd", linewidth=0.6)
@@ -218,11 +220,12 @@ def plot(results: Sequence[Result], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=tuple(MEASURES), help="one axis")
+    parser.add_argument("--without", choices=tuple(MEASURES), action="append", default=[], help="leave an axis out")
     parser.add_argument("--out", type=Path, default=Path("bench-output"), help="folder for JSON and plot")
     options = parser.parse_args()
     bandwidth = copy_bandwidth()
     results: list[Result] = []
-    for axis in [options.only] if options.only else MEASURES:
+    for axis in [options.only] if options.only else [axis for axis in MEASURES if axis not in options.without]:
         found = MEASURES[axis](bandwidth)
         results += found
         for result in found:

@@ -56,8 +56,8 @@ def _handicap(layer: nn.Module) -> float:
 def _refill(parameter: nn.Parameter, values: Tensor) -> None:
     """Gives a parameter other values, of any shape, and no gradient.
 
-    Where a loss of earlier is still held, autograd keeps the node that gathers the parameter's gradient, and with it the
-    old shape, which it would want of every gradient to come. It makes a new node when the dtype changes.
+    Where a loss of earlier is still held, autograd keeps the node that gathers the parameter's gradient, and with it
+    the old shape, which it would want of every gradient to come. It makes a new node when the dtype changes.
     """
     other = torch.float64 if values.dtype != torch.float64 else torch.float32
     parameter.data = values.new_empty(0, dtype=other)
