@@ -171,7 +171,7 @@ COLORS = {OURS: "#1f4e79", NUMPY: "#e0873c", PUBLISHED: "#8f8f8f", ONE_BY_ONE: "
 
 
 def clock_of(axis: str) -> str:
-    """One thread's own processor time, which neighbours on the machine disturb least; where threads count, the wall: there they disturb all."""
+    """One thread's own processor time, which neighbours on the machine disturb least; where threads count, the wall."""
     return "wall" if axis == "threads" else "thread"
 
 
@@ -179,6 +179,7 @@ def plot(results: Sequence[Result], path: Path) -> None:
     """A panel for each axis: milliseconds (of a network, where they are many)."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     shown_axes = [axis for axis in AXES if any(result.notes["axis"] == axis for result in results)]
     rows = -(-len(shown_axes) // 3)
@@ -204,6 +205,9 @@ def plot(results: Sequence[Result], path: Path) -> None:
             ticks = sorted({result.notes["at"] for result in chosen})
             ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
             ax.minorticks_off()
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        ax.yaxis.set_minor_locator(NullLocator())
         if axis == "density":
             ax.invert_xaxis()
         ax.set_xlabel(AXES[axis], fontsize=9)

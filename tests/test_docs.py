@@ -21,7 +21,7 @@ from pathprune.models import convnet_digits
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
-FENCE = re.compile(r"^```(?P<language>[a-z]*) *(?P<info>[^\n]*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"^```(?P<language>[{}a-z-]*) *(?P<info>[^\n]*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import readme_tables  # noqa: E402
@@ -82,6 +82,9 @@ def test_every_block_holds(page: Path, folder: Path) -> None:
             quoted(block)
         elif block.language == "python":
             exec(compile("\n" * block.line + block.code, str(page), "exec"), names)
+        elif block.language == "{toctree}":
+            for name in re.findall(r"^[a-z_/]+$", block.code, re.MULTILINE):
+                assert list(page.parent.glob(f"{name}.*")), f"{block.place}: there is no page {name}"
         elif block.language == "console":
             for line in block.code.splitlines():
                 command(block, line)
@@ -126,22 +129,22 @@ def command(block: Block, line: str) -> None:
 
 def test_links_lead_somewhere() -> None:
     for page in PAGES:
-        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", FENCE.sub("", page.read_text())):
             if not target.startswith("http"):
                 assert (page.parent / target).exists(), f"{page.relative_to(ROOT)}: no {target}"
 
 
 def test_every_page_is_in_the_navigation() -> None:
-    listed = set(re.findall(r"\b([a-z_/]+\.md)\b", (ROOT / "mkdocs.yml").read_text()))
-    assert listed == {str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")}
+    docs = ROOT / "docs"
+    trees = [block for block in blocks(docs / "index.md") if block.language == "{toctree}"]
+    listed = [name for tree in trees for name in re.findall(r"^[a-z_/]+$", tree.code, re.MULTILINE)]
+    pages = [path.relative_to(docs).with_suffix("") for path in docs.rglob("*.*") if path.suffix in (".md", ".rst")]
+    assert sorted(listed) == sorted(str(page) for page in pages if page.name != "index")
 
 
 def test_every_public_name_has_its_page() -> None:
-    shown = {
-        name.rpartition(".")[2]
-        for page in (ROOT / "docs" / "api").glob("*.md")
-        for name in re.findall(r"^::: ([\w.]+)$", page.read_text(), re.MULTILINE)
-    }
+    pages = [page.read_text() for page in (ROOT / "docs" / "api").glob("*.rst")]
+    shown = {name for page in pages for name in re.findall(r"^\.\. auto[a-z]+:: pathprune\.(\w+)$", page, re.MULTILINE)}
     assert sorted(set(pp.__all__) - shown - {"__version__"}) == []
 
 
