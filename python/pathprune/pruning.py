@@ -17,7 +17,7 @@ from ._mask_io import base_hash
 from .liveness import Reach, reach
 from .masks import Masks
 from .network import PathNetwork, as_network
-from .pruners.base import Pruner, Round, Scope, Selection
+from .pruners.base import Pruner, Round, Scope, Selection, require_pruner
 from .schedules import layer_densities, rounds_of
 from .spatial import merge_equal_positions
 from .version import __version__
@@ -73,11 +73,13 @@ def prune(
     """
     began = time.perf_counter()
     area = Scope.of(scope)
+    density, sparsity = _numbers("density", density), _numbers("sparsity", sparsity)
     densities = _densities(density, sparsity, area)
     if count not in ("exact", "published"):
         raise ValueError(f"prune: count: wanted 'exact' or 'published', got {count!r}")
-    if not isinstance(pruner, Pruner):
-        raise TypeError(f"prune: pruner: wanted a pruner such as SynFlow(), got {type(pruner).__name__}")
+    require_pruner(pruner, "prune: pruner")
+    if not isinstance(seed, int):
+        raise TypeError(f"prune: seed: wanted an int, got {seed!r}")
     network = as_network(model, example_input)
     names = network.select(include, exclude)
     quick = merge_equal_positions(network) if pruner.wants_merged_positions else network
@@ -121,10 +123,20 @@ def prune(
             },
         }
         results.append(Masks.from_packed(bits, metadata))
-    return results if isinstance(density if density is not None else sparsity, (list, tuple)) else results[0]
+    return results if isinstance(density if density is not None else sparsity, list) else results[0]
 
 
-def _densities(density: Any, sparsity: Any, scope: Scope) -> list[float]:
+def _numbers(name: str, given: Any) -> float | list[float] | None:
+    """A number, or a list of them, whatever library it is of."""
+    try:
+        if given is None or not isinstance(given, (list, tuple)):
+            return None if given is None else float(given)
+        return [float(value) for value in given]
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"prune: {name}: wanted a number or a list of numbers, got {given!r}") from None
+
+
+def _densities(density: float | list[float] | None, sparsity: float | list[float] | None, scope: Scope) -> list[float]:
     if scope.kind == "n:m":
         if density is not None or sparsity is not None:
             raise ValueError(f"prune: density: scope '{scope.n}:{scope.m}' fixes it; give neither density nor sparsity")
@@ -133,7 +145,8 @@ def _densities(density: Any, sparsity: Any, scope: Scope) -> list[float]:
         got = "neither" if density is None else "both"
         raise ValueError(f"prune: wanted exactly one of density (kept) and sparsity (removed), got {got}")
     given = density if density is not None else sparsity
-    values = [float(v) for v in given] if isinstance(given, (list, tuple)) else [float(given)]
+    assert given is not None
+    values = given if isinstance(given, list) else [given]
     densities = values if density is not None else [1.0 - v for v in values]
     if not densities:
         raise ValueError("prune: density: wanted at least one value, got an empty list")

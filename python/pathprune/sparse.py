@@ -296,7 +296,12 @@ def sparsify(
 
     Raises:
         ValueError: a name without a parameter, or a mask of another shape.
+        TypeError: masks that are no mapping (of a file: `Masks.load` first).
     """
+    if not isinstance(masks, Mapping):
+        raise TypeError(
+            f"sparsify: masks: wanted Masks or a mapping of bool tensors by name, got {type(masks).__name__}"
+        )
     parameters = dict(model.named_parameters(remove_duplicate=False))
     holders: dict[int, int] = {}
     for module in model.modules():
