@@ -140,7 +140,8 @@ def measure(suite: str, options: argparse.Namespace) -> list[Result]:
         results.append(work(bandwidth))
         print(markdown(results[-1:], next(iter(results[-1].seconds)), CLOCK.get(suite, "wall")), flush=True)
         if options.out is not None:  # after each case, so that an interrupted run keeps what it has
-            save(suite, results, options.out, threads=options.threads, copy_gb_per_second=bandwidth)
+            facts = {"threads": options.threads, "copy_gb_per_second": bandwidth}
+            save(suite, results, options.out, device=options.device, **facts)
     if results and suite == "masked_matmul":
         print(masked_matmul.overview(results))
     if results and options.out is not None and suite in ("masked_matmul", "walks"):
@@ -205,7 +206,8 @@ def main() -> None:
     for suite in options.suites:
         results += measure(suite, options)
         if options.json is not None and results:
-            save(",".join(options.suites), results, options.json.parent, options.json.name, threads=options.threads)
+            where = (options.json.parent, options.json.name, options.device)
+            save(",".join(options.suites), results, *where, threads=options.threads)
     if not results:
         parser.error(f"--only: no case of {', '.join(options.suites)} has {options.only!r} in its name; see --list")
     if options.plot is not None:

@@ -16,6 +16,7 @@ version = release = metadata.version("pathprune")
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.intersphinx", "sphinx_copybutton"]
 exclude_patterns: list[str] = []
+default_role = "code"  # `name` in a docstring
 html_theme = "furo"
 html_title = f"pathprune {version}"
 templates_path: list[str] = []

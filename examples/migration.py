@@ -6,6 +6,7 @@ python examples/migration.py
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -42,10 +43,10 @@ def synflow_by_hand(model: nn.Module, x: Tensor, density: float, rounds: int) ->
     return {name: weight != 0 for name, weight in weights.items()}
 
 
-def main() -> tuple[int, int]:
+def main(network: Callable[[], nn.Module] = vgg11_bn) -> tuple[int, int]:
     """Prints how many bits differ; returns them, for magnitude and for SynFlow."""
     torch.manual_seed(0)
-    model, x = vgg11_bn(), torch.ones(1, 3, 32, 32)
+    model, x = network(), torch.ones(1, 3, 32, 32)
 
     theirs = magnitude_in_torch(model, sparsity=0.9)
     ours = pp.prune(model, pp.Magnitude(), sparsity=0.9, example_input=x)

@@ -249,10 +249,10 @@ def test_scaling_measures_and_draws(tmp_path: Path) -> None:
 
 @needs_binary
 def test_memory_peaks_are_of_all_three(monkeypatch: pytest.MonkeyPatch) -> None:
-    setting = scoring.Setting("MLP", lambda: mlp((784, 1024, 1024, 10)), (1, 784), differing=1e-3)
+    setting = scoring.Setting("MLP", lambda: mlp((784, 640, 640, 10)), (1, 784), differing=1e-3)
     monkeypatch.setitem(scoring.SETTINGS, "small", setting)
     found = memory.peaks("small", 10.0)
     assert set(found.peak_bytes) == {"pathprune", "published loop", "best PyTorch"}
-    floats = 4 * 784 * 1024 + 4 * 1024 * 1024
+    floats = 4 * 784 * 640 + 4 * 640 * 640
     assert found.peak_bytes["published loop"] > 4 * floats  # masks, gradients, signs, scores
     assert found.peak_bytes["pathprune"] < found.peak_bytes["published loop"] / 2

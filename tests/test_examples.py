@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import pathprune as pp
+from pathprune.models import resnet20
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
@@ -55,7 +56,7 @@ def test_accelerate(precision: str) -> None:
 
 
 def test_migration_changes_no_mask() -> None:
-    assert example("migration").main() == (0, 0)
+    assert example("migration").main(resnet20) == (0, 0)
 
 
 def test_sparse_training_takes_the_dense_steps() -> None:
