@@ -210,8 +210,8 @@ def main() -> None:
             save(",".join(options.suites), results, *where, threads=options.threads)
     if not results:
         parser.error(f"--only: no case of {', '.join(options.suites)} has {options.only!r} in its name; see --list")
-    if options.plot is not None:
-        roofline.plot(results, options.plot)
+    if options.plot is not None and roofline.plot(results, options.plot) == 0:
+        print(f"no case states the bytes it moves, so {options.plot} was not drawn")
 
 
 if __name__ == "__main__":
