@@ -14,15 +14,19 @@ BUILD_TOOLS := "scikit-build-core>=1.0,<2" "pybind11>=3.0,<4" "cmake>=3.26" "nin
 # Developers and CI compile for one GPU generation; wheels for more (pyproject.toml).
 export CMAKE_CUDA_ARCHITECTURES ?= 90
 
+WHEEL_ARCHITECTURES ?= 80-real;90
+WHEEL = $(lastword $(sort $(wildcard dist/pathprune-*manylinux*.whl)))
+CHECK_ARGS ?=
+
 # Two builds at once in one folder would spoil each other.
 LOCK := $(if $(shell command -v flock),flock $(BUILD).lock)
 SITE = $(shell $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("platlib"))')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all bench lint format build kernels sanitize clean
+.PHONY: help demo test test-all bench scaling lint format build kernels sanitize docs tables wheel wheel-check sdist clean
 
 help:  ## list these commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: build  ## prune a ResNet-50 by 100 rounds of SynFlow, then train pruned nets on digits
 	$(BIN)/python -m pathprune.demo
@@ -34,7 +38,13 @@ test-all: build  ## every test
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
 
 bench: build  ## measure against the published loops and the best plain PyTorch
-	$(BIN)/python benchmarks/run.py
+	THP_MEM_ALLOC_ENABLE=1 OMP_NUM_THREADS=1 $(BIN)/python benchmarks/run.py --out benchmarks/results
+
+scaling: build  ## time against weights, depth, density, rounds, threads and batch: JSON and a plot
+	THP_MEM_ALLOC_ENABLE=1 $(BIN)/python benchmarks/scaling.py --out benchmarks/results
+
+tables: $(INSTALLED)  ## write the tables of README.md and docs/ anew from benchmarks/results
+	$(BIN)/python scripts/readme_tables.py --write
 
 lint: $(INSTALLED)  ## ruff, clang-format, mypy
 	$(BIN)/ruff check .
@@ -59,6 +69,24 @@ kernels: build  ## registers, shared memory and spills of every CUDA kernel; spi
 sanitize: $(INSTALLED)  ## the CPU ops under the address and undefined-behaviour sanitizers
 	scripts/sanitize.sh $(BIN)/python $(PYTEST_ARGS)
 
+docs: $(INSTALLED) $(VENV)/.pathprune-docs  ## the documentation as a site in build/site; warnings are errors
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/site
+
+# Not built by the editable install's cache: a wheel carries code for every GPU generation that is served.
+wheel: $(INSTALLED) $(VENV)/.pathprune-wheel  ## a manylinux wheel in dist/, and what it asks of torch and of the system
+	rm -rf build/wheel-raw
+	CMAKE_CUDA_ARCHITECTURES="$(WHEEL_ARCHITECTURES)" $(BIN)/python -m pip wheel -q --disable-pip-version-check \
+	  --no-build-isolation --no-deps -C build-dir=build/wheel -w build/wheel-raw .
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel repair --plat auto -w dist \
+	  --exclude "libtorch*.so" --exclude libc10.so build/wheel-raw/*.whl
+	$(BIN)/python scripts/abi_audit.py dist/*manylinux*.whl
+
+wheel-check:  ## try the wheel in clean environments with several releases of torch (downloads GBs)
+	$(BIN)/python scripts/wheel_check.py $(WHEEL) $(CHECK_ARGS)
+
+sdist: $(INSTALLED)  ## the source distribution in dist/
+	$(BIN)/python -c "import scikit_build_core.build as build; print('dist/' + build.build_sdist('dist'))"
+
 clean:  ## remove what was built; .venv stays
 	rm -rf build .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
@@ -71,6 +99,11 @@ $(VENV)/.pathprune-tools:
 	$(PIP) $(TORCH)
 	$(PIP) $(BUILD_TOOLS)
 	@touch $@
+
+$(VENV)/.pathprune-docs $(VENV)/.pathprune-wheel: $(VENV)/.pathprune-%: pyproject.toml $(VENV)/.pathprune-tools
+	$(BIN)/python scripts/extra.py $* >$@.txt
+	$(PIP) -r $@.txt
+	@mv $@.txt $@
 
 $(INSTALLED): pyproject.toml $(VENV)/.pathprune-tools
 	@scripts/check_tools.sh $(BIN)/python

@@ -40,10 +40,10 @@ CLOCKS = ("wall", "thread", "process", "device")
 # The machine
 
 
-def machine_facts() -> dict[str, Any]:
-    """What a reader needs in order to place a figure: processor, cores, torch, threads, load, date."""
+def machine_facts(device: str = "cpu") -> dict[str, Any]:
+    """What a reader needs in order to place a figure: processor, cores, torch, threads, load, date; the GPU if used."""
     facts: dict[str, Any] = {
-        "machine": machine_name(),
+        "machine": machine_name(device),
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -56,7 +56,7 @@ def machine_facts() -> dict[str, Any]:
         "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-    if torch.cuda.is_available():
+    if device == "cuda":
         facts["gpu"] = torch.cuda.get_device_name()
         facts["cuda"] = torch.version.cuda
     return facts
@@ -70,9 +70,9 @@ def cpu_model() -> str:
     return found[1] if found else platform.processor() or "unknown"
 
 
-def machine_name() -> str:
-    """A file name that says what the figures were taken on: the GPU, else the processor and its cores."""
-    if torch.cuda.is_available():
+def machine_name(device: str = "cpu") -> str:
+    """A file name that says what the figures were taken on: the GPU, or the processor and its cores."""
+    if device == "cuda":
         name = torch.cuda.get_device_name()
     else:
         processor = re.sub(r"\([^)]*\)", "", cpu_model())  # without "(R)" and the like
@@ -399,15 +399,19 @@ def markdown(results: Sequence[Result], subject: str, clock: str = "wall") -> st
     return "\n".join(lines)
 
 
-def save(name: str, results: Sequence[Result], folder: str | Path, **extra: Any) -> Path:
-    """Write `folder/name.machine.json` whole or not at all; return its path."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    facts = machine_facts()
-    path = folder / f"{name}.{facts['machine']}.json"
-    content = {"benchmark": name, **facts, **extra, "results": [result.summary() for result in results]}
-    text = json.dumps(content, indent=1)
-    with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".tmp", delete=False) as file:
-        file.write(text)
+def result_path(name: str, folder: str | Path, device: str = "cpu") -> Path:
+    """`folder/name.machine.json`: where a suite's results of this machine belong."""
+    return Path(folder) / f"{name}.{machine_name(device)}.json"
+
+
+def save(
+    name: str, results: Sequence[Result], folder: str | Path, file_name: str = "", device: str = "cpu", **extra: Any
+) -> Path:
+    """Write `folder/name.machine.json` (or `folder/file_name`) whole or not at all; return its path."""
+    path = Path(folder) / file_name if file_name else result_path(name, folder, device)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"benchmark": name, **machine_facts(device), **extra, "results": [result.summary() for result in results]}
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+        file.write(json.dumps(content, indent=1))
     os.replace(file.name, path)
     return path

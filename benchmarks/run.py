@@ -1,7 +1,12 @@
-"""Runs the benchmarks: verify, time side by side in one process, print Markdown, write JSON beside this file.
+"""Runs the benchmarks: verify, time side by side in one process, print Markdown. `pathprune bench` starts this.
 
-python benchmarks/run.py [--suite scoring,selection,walks,sensitivity,...] [--threads 2] [--quick]
-                         [--out benchmarks/results]
+python benchmarks/run.py [--suite scoring,memory,...] [--only text] [--quick] [--device cpu|cuda] [--threads 2]
+                         [--json results.json] [--plot roofline.png] [--out benchmarks/results]
+python benchmarks/run.py --compare before.json after.json
+python benchmarks/run.py --list
+
+`--json` writes all that ran into one file, `--out` a file per suite, named by the machine. Without them nothing is
+written. On a GPU those suites run whose baselines do.
 """
 
 from __future__ import annotations
@@ -13,38 +18,50 @@ from pathlib import Path
 
 import torch
 
+import comparing
 import masked_matmul
+import memory
 import nas
 import path_exclusion
 import path_kernel
+import roofline
 import scoring
 import selection
 import sensitivity
+import transformers_scoring
 import walks
-from harness import Result, copy_bandwidth, markdown, save
+from harness import Result, copy_bandwidth, markdown, result_path, save
+from pathprune import _library
 
 Work = Callable[[float], Result]
-FOLDER = Path(__file__).parent / "results"
 
 
-def scoring_suite(quick: bool) -> list[tuple[str, Work]]:
+def scoring_suite(quick: bool, device: str = "cpu") -> list[tuple[str, Work]]:
     big = [] if quick else [("mlp-140m", 2)]
     cases: list[tuple[str, Work]] = [
-        (f"round {key}", lambda b, key=key, n=n: scoring.one_round(key, n, b))
+        (f"round {key}", lambda b, key=key, n=n: scoring.one_round(key, n, b, device=device))
         for key, n in (("mlp-20m", 7), *big, ("vgg16", 7), ("resnet50", 3))
     ]
     if not quick:
         schedules: list[tuple[str, Work]] = [
-            (f"schedule {key}", lambda b, key=key, d=d: scoring.whole_schedule(key, 100, d, b))
+            (f"schedule {key}", lambda b, key=key, d=d: scoring.whole_schedule(key, 100, d, b, device=device))
             for key, d in (("mlp-20m", 0.01), ("vgg16", 0.05), ("resnet50", 0.05), ("mlp-140m", 0.01))
         ]
-        cases += [schedules[0], ("memory mlp-140m", lambda b: scoring.memory("mlp-140m", b)), *schedules[1:]]
+        cases += schedules
     return cases
 
 
-def selection_suite(quick: bool) -> list[tuple[str, Work]]:
+def memory_suite(quick: bool, device: str = "cpu") -> list[tuple[str, Work]]:
+    keys = ("mlp-20m",) if quick else ("mlp-20m", "mlp-140m", "vgg16", "resnet50")
+    return [(f"memory {key}", lambda b, key=key: memory.peaks(key, b, device=device)) for key in keys]
+
+
+def selection_suite(quick: bool, device: str = "cpu") -> list[tuple[str, Work]]:
     sizes = ((16, 0.0),) if quick else ((16, 0.0), (67, 0.0), (67, 0.5))
-    return [(f"select {n} {z}", lambda b, n=n, z=z: selection.kth_of(n, 5, b, z, slow=n < 32)) for n, z in sizes]
+    return [
+        (f"select {n} {z}", lambda b, n=n, z=z: selection.kth_of(n, 5, b, z, slow=n < 32, device=device))
+        for n, z in sizes
+    ]
 
 
 def walks_suite(quick: bool) -> list[tuple[str, Work]]:
@@ -100,8 +117,17 @@ def nas_suite(quick: bool) -> list[tuple[str, Work]]:
     return [("space", lambda b: nas.space(b, quick))]
 
 
-SUITES = {
+def transformers_suite(quick: bool) -> list[tuple[str, Work]]:
+    layers = 2 if quick else 22
+    cases: list[tuple[str, Work]] = [("llama", lambda b: transformers_scoring.llama_round(layers, 9, b))]
+    if not quick:
+        cases += [(f"vit {p}", lambda b, p=p: transformers_scoring.vit_round(p, 5, b)) for p in ("paths", "published")]
+    return cases
+
+
+SUITES: dict[str, Callable[..., list[tuple[str, Work]]]] = {
     "scoring": scoring_suite,
+    "memory": memory_suite,
     "selection": selection_suite,
     "walks": walks_suite,
     "sensitivity": sensitivity_suite,
@@ -109,39 +135,99 @@ SUITES = {
     "px": px_suite,
     "masked_matmul": masked_matmul_suite,
     "nas": nas_suite,
+    "transformers": transformers_suite,
 }
+ON_DEVICE = ("scoring", "memory", "selection")  # their cases take the device to run on; the others are of the CPU
+CLOCK = {"masked_matmul": "process", "nas": "thread"}
+
+
+def cases_of(suite: str, quick: bool, device: str) -> list[tuple[str, Work]]:
+    return SUITES[suite](quick, device) if suite in ON_DEVICE else SUITES[suite](quick)
+
+
+def measure(suite: str, options: argparse.Namespace) -> list[Result]:
+    """Runs the chosen cases of a suite; prints each as it is done, and writes those done so far."""
+    bandwidth = copy_bandwidth(options.device)
+    print(f"# {suite}: {options.threads} threads, copy bandwidth {bandwidth:.3g} GB/s\n", flush=True)
+    results: list[Result] = []
+    for name, work in cases_of(suite, options.quick, options.device):
+        if options.only not in name:
+            continue
+        results.append(work(bandwidth))
+        print(markdown(results[-1:], next(iter(results[-1].seconds)), CLOCK.get(suite, "wall")), flush=True)
+        if options.out is not None:  # after each case, so that an interrupted run keeps what it has
+            facts = {"threads": options.threads, "copy_gb_per_second": bandwidth}
+            save(suite, results, options.out, device=options.device, **facts)
+    if results and suite == "masked_matmul":
+        print(masked_matmul.overview(results))
+    if results and options.out is not None and suite in ("masked_matmul", "walks"):
+        draw = masked_matmul.plot if suite == "masked_matmul" else walks.plot
+        draw(results, result_path(suite, options.out).with_suffix(".png"))
+    return results
+
+
+def checked(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The options, refused in a line where something is wrong with them."""
+    options = parser.parse_args()
+    if not (_library.cpu_loaded or options.compare or options.list):
+        parser.error(f"the compiled ops are not loaded, so there is nothing to measure: {_library.cpu_error}")
+    options.suites = options.suite.split(",") if options.suite else list(SUITES)
+    unknown = [suite for suite in options.suites if suite not in SUITES]
+    if unknown:
+        parser.error(f"--suite: wanted some of {', '.join(SUITES)}, got {', '.join(unknown)}")
+    if options.threads < 1:
+        parser.error(f"--threads: wanted at least 1, got {options.threads}")
+    if options.device == "cuda":
+        if not torch.cuda.is_available():
+            parser.error("--device: torch sees no GPU here; use --device cpu")
+        on_cpu = [suite for suite in options.suites if suite not in ON_DEVICE]
+        if on_cpu and options.suite:
+            parser.error(f"--device: {', '.join(on_cpu)} have baselines for the CPU alone; on a GPU: {ON_DEVICE}")
+        options.suites = [suite for suite in options.suites if suite in ON_DEVICE]
+    for path in (options.json, options.plot):
+        if path is not None and not path.absolute().parent.is_dir():
+            parser.error(f"wanted a file in a folder that exists, got {path}")
+    return options
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suite", default=",".join(SUITES), help=f"comma-separated, of {sorted(SUITES)}")
-    parser.add_argument("--only", default="", help="run only cases whose name contains this")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser = argparse.ArgumentParser(
+        prog=os.environ.get("PATHPRUNE_BENCH_NAME"),
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--suite", default="", help=f"comma-separated, of {', '.join(SUITES)}; default: all")
+    parser.add_argument("--only", default="", help="only cases whose name contains this")
+    parser.add_argument("--list", action="store_true", help="list the cases and run none")
     parser.add_argument("--quick", action="store_true", help="small cases only")
-    parser.add_argument("--out", type=Path, default=os.environ.get("PATHPRUNE_RESULTS", FOLDER))
-    options = parser.parse_args()
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", type=Path, help="write everything to this file")
+    parser.add_argument("--plot", type=Path, help="draw bytes and bandwidth to this file")
+    parser.add_argument("--out", type=Path, default=os.environ.get("PATHPRUNE_RESULTS"), help="a file per suite here")
+    parser.add_argument("--compare", nargs=2, type=Path, metavar=("BEFORE", "AFTER"), help="of two JSON files")
+    options = checked(parser)
+    if options.compare:
+        try:
+            print(comparing.compare(*options.compare))
+        except ValueError as error:
+            parser.error(str(error))
+        return
+    if options.list:
+        for suite in options.suites:
+            print(*(f"{suite:<14} {name}" for name, _ in cases_of(suite, options.quick, options.device)), sep="\n")
+        return
     torch.set_num_threads(options.threads)
-    for suite in options.suite.split(","):
-        if suite not in SUITES:
-            parser.error(f"--suite: wanted some of {sorted(SUITES)}, got {suite!r}")
-        bandwidth = copy_bandwidth()
-        print(f"# {suite}: {options.threads} threads, copy bandwidth {bandwidth:.3g} GB/s\n", flush=True)
-        results: list[Result] = []
-        clock = {"masked_matmul": "process", "nas": "thread"}.get(suite, "wall")
-        for name, work in SUITES[suite](options.quick):
-            if options.only not in name:
-                continue
-            results.append(work(bandwidth))
-            print(markdown(results[-1:], "pathprune" if "memory" not in name else "compact=False", clock), flush=True)
-            # After each case, so that an interrupted run keeps what it has.
-            path = save(suite, results, options.out, threads=options.threads, copy_gb_per_second=bandwidth)
-        if results:
-            print("written to", path)
-        if results and suite == "masked_matmul":
-            print(masked_matmul.overview(results))
-            masked_matmul.plot(results, path.with_suffix(".png"))
-        if results and suite == "walks":
-            walks.plot(results, path.with_suffix(".png"))
+    results: list[Result] = []
+    for suite in options.suites:
+        results += measure(suite, options)
+        if options.json is not None and results:
+            where = (options.json.parent, options.json.name, options.device)
+            save(",".join(options.suites), results, *where, threads=options.threads)
+    if not results:
+        parser.error(f"--only: no case of {', '.join(options.suites)} has {options.only!r} in its name; see --list")
+    if options.plot is not None and roofline.plot(results, options.plot) == 0:
+        print(f"no case states the bytes it moves, so {options.plot} was not drawn")
 
 
 if __name__ == "__main__":

@@ -87,14 +87,15 @@ SETTINGS = {
 }
 
 
-def _made(setting: Setting) -> tuple[nn.Module, Tensor]:
+def made(setting: Setting, device: str = "cpu") -> tuple[nn.Module, Tensor]:
+    """The network with weights drawn by seed 0, and an input."""
     torch.manual_seed(0)
-    return setting.make().eval(), torch.ones(setting.shape)
+    return setting.make().eval().to(device), torch.ones(setting.shape, device=device)
 
 
-def _agree(setting: Setting, rounds: int = 2) -> str:
+def agree(setting: Setting, device: str = "cpu", rounds: int = 2) -> str:
     """All candidates keep the same weights, up to float32 rounding, after a few rounds of the same schedule."""
-    model, x = _made(setting)
+    model, x = made(setting, device)
     ours, plain = OurRounds(model, x), BestPyTorchSynFlow(model, x, **setting.plain)
     for density in exponential_densities(0.8, rounds):
         ours.round(density)
@@ -103,11 +104,11 @@ def _agree(setting: Setting, rounds: int = 2) -> str:
     return assert_same_masks(ours.masks(), plain.masks(), allowed)
 
 
-def one_round(key: str, repeats: int, bandwidth: float, published: bool = True) -> Result:
+def one_round(key: str, repeats: int, bandwidth: float, published: bool = True, device: str = "cpu") -> Result:
     """The same rounds of a 100-round schedule to 1 %, each method on its own copy of the state."""
     setting = SETTINGS[key]
-    model, x = _made(setting)
-    case = Case(f"SynFlow round, {setting.name}", lambda: _agree(setting))
+    model, x = made(setting, device)
+    case = Case(f"SynFlow round, {setting.name}", lambda: agree(setting, device), device)
 
     def stepping(method: Any) -> Callable[[], object]:
         densities = iter(exponential_densities(0.01, 100))
@@ -119,16 +120,17 @@ def one_round(key: str, repeats: int, bandwidth: float, published: bool = True) 
         loop = PublishedSynFlow(model, x, **{"count": "published", **setting.published})
         case.add(PUBLISHED, stepping(loop), bytes_moved=158.0 * ours.numel)
     case.add(PLAIN, stepping(BestPyTorchSynFlow(model, x, select="bracket", **setting.plain)))
-    case.add(NUMPY, stepping(BestPyTorchSynFlow(model, x, select="bracket_numpy", **setting.plain)))
+    if device == "cpu":
+        case.add(NUMPY, stepping(BestPyTorchSynFlow(model, x, select="bracket_numpy", **setting.plain)))
     return case.measure(repeats, warmup=3, bandwidth=bandwidth)
 
 
-def whole_schedule(key: str, rounds: int, density: float, bandwidth: float, plain_rounds: int | None = None) -> Result:
+def whole_schedule(key: str, rounds: int, density: float, bandwidth: float, device: str = "cpu") -> Result:
     """A whole schedule by ``prune``, and by the plain loop; the published loop is timed round by round elsewhere."""
     setting = SETTINGS[key]
-    model, x = _made(setting)
+    model, x = made(setting, device)
     steps = exponential_densities(density, rounds)
-    case = Case(f"SynFlow {rounds} rounds to {density:.0%}, {setting.name}", lambda: _agree(setting))
+    case = Case(f"SynFlow {rounds} rounds to {density:.0%}, {setting.name}", lambda: agree(setting, device), device)
 
     def ours() -> None:
         method = OurRounds(model, x)
@@ -145,17 +147,7 @@ def whole_schedule(key: str, rounds: int, density: float, bandwidth: float, plai
 
         return work
 
-    case.add(OURS, ours).add(PLAIN, plain("bracket")).add(NUMPY, plain("bracket_numpy"))
+    case.add(OURS, ours).add(PLAIN, plain("bracket"))
+    if device == "cpu":
+        case.add(NUMPY, plain("bracket_numpy"))
     return case.measure(1, warmup=0, bandwidth=bandwidth)
-
-
-def memory(key: str, bandwidth: float) -> Result:
-    """Peak memory of a few rounds beyond the model, without and with packing (at a density where it packs)."""
-    setting = SETTINGS[key]
-    model, x = _made(setting)
-    network = PathNetwork.from_module(model, x)
-    case = Case(f"peak memory, 4 rounds to 20 %, {setting.name}", lambda: _agree(setting))
-    for name, compact in (("compact=False", False), ("compact=True", True)):
-        options = {"density": 0.2, "compact": compact, "progress": False}
-        case.add(name, lambda options=options: pp.prune(network, pp.SynFlow(rounds=4), **options))
-    return case.measure(1, warmup=0, bandwidth=bandwidth, peaks=True)

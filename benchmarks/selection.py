@@ -14,13 +14,16 @@ from selection_baselines import SELECTIONS
 OURS = "pathprune"
 
 
-def kth_of(millions: int, repeats: int, bandwidth: float, zeros: float = 0.0, slow: bool = True) -> Result:
+def kth_of(
+    millions: int, repeats: int, bandwidth: float, zeros: float = 0.0, slow: bool = True, device: str = "cpu"
+) -> Result:
     """The threshold that keeps a tenth of ``millions`` * 2^20 scores."""
     rows = millions * 256
     generator = torch.Generator().manual_seed(0)
     scores = torch.rand(rows, 4096, generator=generator)
     if zeros:
         scores *= torch.rand(rows, 4096, generator=generator) >= zeros
+    scores = scores.to(device)
     keep = scores.numel() // 10
     flat = scores.flatten()
 
@@ -35,7 +38,7 @@ def kth_of(millions: int, repeats: int, bandwidth: float, zeros: float = 0.0, sl
         return f"the threshold is torch.kthvalue's to the bit, {wanted}"
 
     name = f"k-th of {millions} Mi scores" + (f", {zeros:.0%} zeros" if zeros else "")
-    case = Case(name, verify).add(OURS, ours, bytes_moved=4.0 * scores.numel())
-    for other in ("kthvalue", "bracket", "partition") + (("topk",) if slow else ()):
+    case = Case(name, verify, device).add(OURS, ours, bytes_moved=4.0 * scores.numel())
+    for other in ("kthvalue", "bracket") + (("partition",) if device == "cpu" else ()) + (("topk",) if slow else ()):
         case.add(other, lambda other=other: SELECTIONS[other](flat, keep))
     return case.measure(repeats, bandwidth=bandwidth)

@@ -33,6 +33,7 @@ FLOORS = [
         "structure",
         "stores",
         "maintenance",
+        "bench",
     },
     {"reference", "sparse_reference", "spectrum", "pooling", "plots", "info"},
     {"walk_reference"},

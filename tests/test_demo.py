@@ -135,3 +135,11 @@ def test_main_runs_both_parts(tmp_path, monkeypatch, capsys) -> None:
     assert called == [(224, 7, 0.05), 2]
     assert "7 rounds of SynFlow to 5 % in float32" in capsys.readouterr().out
     assert (tmp_path / "new").is_dir()
+
+
+def test_a_library_that_is_missing_is_named(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(demo, "NEEDED", ("torch", "no_such_library"))
+    with pytest.raises(SystemExit):
+        demo.main(["--out", str(tmp_path / "out")])
+    assert "needs no_such_library: pip install 'pathprune[cli,plot,examples]'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

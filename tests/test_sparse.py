@@ -200,3 +200,24 @@ def test_refuses() -> None:
         pp.sparsify(mlp(), {"0.weight": torch.ones(2, 2, dtype=torch.bool)})
     with pytest.raises(ValueError, match="SparseLinear: mask: wanted bool"):
         pp.SparseLinear(nn.Linear(3, 4), torch.ones(2, 2, dtype=torch.bool))
+
+
+def test_layers_change_while_a_loss_of_earlier_is_held() -> None:
+    """A training loop still has its last loss when it makes its layers sparse, and dense again."""
+    net, x = mlp(), torch.randn(8, 20)
+    masks = masks_of(net, 0.2)
+    masks.apply_(net)
+    held = [net(x).square().mean()]
+    pp.sparsify(net, masks, prefer="smaller")
+    assert any(swap.swapped for swap in net.sparsify_report)
+    held.append(net(x).square().mean())
+    held[-1].backward()
+    sparse = {
+        name: layer.mask.scatter(layer.weight.grad) for name, layer in net.named_modules() if hasattr(layer, "mask")
+    }
+    pp.densify(net)
+    assert all(parameter.grad is None for name, parameter in net.named_parameters() if name.endswith("weight"))
+    net(x).square().mean().backward()
+    for name, gradient in sparse.items():
+        bits = masks[f"{name}.weight"]
+        torch.testing.assert_close(gradient.reshape(bits.shape), net.get_submodule(name).weight.grad * bits)

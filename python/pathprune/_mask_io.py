@@ -7,6 +7,7 @@ bits beyond n are zero. Everything here walks over a tensor in pieces, so that n
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -302,6 +303,8 @@ def write_atomically(path: str | os.PathLike[str], chunks: Iterable[Any]) -> Non
     """
     target = os.path.realpath(path)
     folder, name = os.path.split(target)
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(errno.ENOENT, "No such folder", folder)
     temporary = os.path.join(folder, f".{name}.{secrets.token_hex(8)}.tmp")
     try:
         with open(temporary, "xb") as file:

@@ -1,4 +1,4 @@
-"""The ``pathprune`` command: info, prune, support, report, score-space.
+"""The ``pathprune`` command: info, prune, support, report, score-space, bench.
 
 Exit codes: 0 done, 1 a mistake or a failure (one line on stderr), 2 wrong usage, 130 interrupted (to a shell: an
 interrupt inside generated source ends CPython by the signal itself).
@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
+from . import bench as benchmarks
 from . import info as installation
 from .cell_space import CellSpace
 from .loading import example_input, load_model
@@ -213,6 +214,17 @@ def score_space(
     counts = {flag: sum(flag in row.flags for row in rows) for flag in FLAGS}
     flagged = ", ".join(f"{count} {flag}" for flag, count in counts.items() if count) or "none flagged"
     typer.echo(f"\n{len(rows)} architectures in {seconds:.1f} s: {flagged}. Written to {out}")
+
+
+_PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+@app.command(context_settings=_PASSED_ON, add_help_option=False)
+def bench(context: typer.Context) -> None:
+    """Measure against the published loops and plain PyTorch (in a checkout); `pathprune bench --help` says how."""
+    with _one_line_errors():
+        code = benchmarks.run(context.args)
+    raise typer.Exit(code)
 
 
 def _plot(found: Report, path: Path) -> None:

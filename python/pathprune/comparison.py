@@ -108,6 +108,8 @@ def compare(
     Example:
         >>> print(pp.compare(model, {"SynFlow": a, "PHEW": b, "dense": None}, x, data=batches))
     """
+    if isinstance(masks, Masks):
+        raise TypeError("compare: masks: wanted several, by name or in a list, got one Masks; put it into a list")
     named = masks if isinstance(masks, Mapping) else {_title(m, k): m for k, m in enumerate(masks)}
     if not named:
         raise ValueError("compare: masks: wanted at least one, got none")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib.util
 import json
 import sys
 import time
@@ -30,6 +31,7 @@ from .pruning import prune
 from .report import Report
 from .tables import percent, table
 
+NEEDED = ("transformers", "sklearn", "matplotlib")
 METHODS = (SynFlow(), Magnitude(), Random())
 DENSITIES = (0.1, 0.02)
 
@@ -215,6 +217,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=100, help="rounds of SynFlow on the ResNet-50")
     parser.add_argument("--epochs", type=int, default=8, help="epochs on the digits")
     given = parser.parse_args(arguments)
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        parser.error(f"needs {', '.join(missing)}: pip install 'pathprune[cli,plot,examples]'")
     given.out.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
 

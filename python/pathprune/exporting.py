@@ -95,7 +95,7 @@ def one_sample(example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         raise TypeError(f"example_input: wanted a tensor, tuple or dict of kwargs, got {type(example_input).__name__}")
     tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
     if not tensors:
-        raise ValueError("example_input: wanted at least one tensor, got none")
+        raise ValueError("example_input: wanted at least one tensor (torch.ones(1, ...) of a shape), got none")
     batch = tensors[0].shape[0] if tensors[0].dim() else None
     if batch == 0:
         raise ValueError(f"example_input: wanted at least one sample, got shape {tuple(tensors[0].shape)}")

@@ -68,7 +68,7 @@ class PathFlow(ScaledArithmetic):
         self.device = next((tensor.device for tensor in dense if tensor is not None), network.device)
         self.dtype = accumulate_type(network)
         self.sources = self._sources(source)
-        self.batched = self.members > 1 or self.sources > 1
+        self.batched = self.members > 1 or self.sources > 1 or bool(members)
         self._order = [k for k in range(len(network.nodes)) if k in network.alive]
         self._fixed = {k: self._constant(network.nodes[k]) for k in self._order}
         self._last_use = {i: k for k in self._order for i in network.nodes[k].inputs}
@@ -113,8 +113,9 @@ class PathFlow(ScaledArithmetic):
         drops_biases = self.policy.biases == "drop"
         skips_norm = self.policy.batch_norm == "identity" and getattr(node, "kind", "") == "batch_norm"
         if isinstance(node, kinds.Scale) and not skips_norm:
-            is_one = self.power == 0 and node.shape == self.network.nodes[node.inputs[0]].shape
-            return None if is_one else self._powered(node, node.factor)
+            factor = self._powered(node, node.factor, keeps_zeros=True)
+            is_one = self.power == 0 and node.shape == self.network.nodes[node.inputs[0]].shape and bool(factor.all())
+            return None if is_one else factor
         if isinstance(node, kinds.Shift) and not (drops_biases or skips_norm):
             value = self._powered(node, node.value)
             return value if bool(value.any()) else None

@@ -301,7 +301,7 @@ def as_network(model: nn.Module | PathNetwork, example_input: Any, *, sharded: b
     if not isinstance(model, nn.Module):
         raise TypeError(f"prune: model: wanted a module or PathNetwork, got {type(model).__name__}")
     if example_input is None:
-        raise ValueError("prune: example_input: wanted an input the model accepts, got None")
+        raise ValueError("example_input: wanted an input the model accepts, got None")
     return PathNetwork.from_module(model, example_input, sharded=sharded)
 
 

@@ -20,7 +20,7 @@ from .distributed import is_distributed, ranks_of
 from .liveness import Reach, reach
 from .masks import Masks
 from .network import PathNetwork, as_network
-from .pruners.base import PathPruner, Pruner, Round, Scope, Selection
+from .pruners.base import PathPruner, Pruner, Round, Scope, Selection, require_pruner
 from .schedules import layer_densities, rounds_of
 from .sharded_masks import Placement, ShardedMasks
 from .spatial import merge_equal_positions
@@ -89,11 +89,13 @@ def prune(
     ranks = ranks_of(model, process_group)
     with ranks.together("prune"):
         area = Scope.of(scope)
+        density, sparsity = _numbers("density", density), _numbers("sparsity", sparsity)
         densities = _densities(density, sparsity, area)
         if count not in ("exact", "published"):
             raise ValueError(f"prune: count: wanted 'exact' or 'published', got {count!r}")
-        if not isinstance(pruner, Pruner):
-            raise TypeError(f"prune: pruner: wanted a pruner such as SynFlow(), got {type(pruner).__name__}")
+        require_pruner(pruner, "prune: pruner")
+        if not isinstance(seed, int):
+            raise TypeError(f"prune: seed: wanted an int, got {seed!r}")
     if ranks.size > 1:
         progress = progress if ranks.rank == 0 else False
         arguments: dict[str, Any] = {"density": densities, "scope": scope, "allocation": allocation}
@@ -147,7 +149,7 @@ def prune(
             },
         }
         results.append(_masks_of(bits, metadata, network, model))
-    return results if isinstance(density if density is not None else sparsity, (list, tuple)) else results[0]
+    return results if isinstance(density if density is not None else sparsity, list) else results[0]
 
 
 def _masks_of(
@@ -177,7 +179,17 @@ def _shapes_of(model: nn.Module | PathNetwork) -> str:
     return ", ".join(f"{name} {list(tensor.shape)} {tensor.dtype}" for name, tensor in tensors.items())
 
 
-def _densities(density: Any, sparsity: Any, scope: Scope) -> list[float]:
+def _numbers(name: str, given: Any) -> float | list[float] | None:
+    """A number, or a list of them, whatever library it is of."""
+    try:
+        if given is None or not isinstance(given, (list, tuple)):
+            return None if given is None else float(given)
+        return [float(value) for value in given]
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"prune: {name}: wanted a number or a list of numbers, got {given!r}") from None
+
+
+def _densities(density: float | list[float] | None, sparsity: float | list[float] | None, scope: Scope) -> list[float]:
     if scope.kind == "n:m":
         if density is not None or sparsity is not None:
             raise ValueError(f"prune: density: scope '{scope.n}:{scope.m}' fixes it; give neither density nor sparsity")
@@ -186,7 +198,8 @@ def _densities(density: Any, sparsity: Any, scope: Scope) -> list[float]:
         got = "neither" if density is None else "both"
         raise ValueError(f"prune: wanted exactly one of density (kept) and sparsity (removed), got {got}")
     given = density if density is not None else sparsity
-    values = [float(v) for v in given] if isinstance(given, (list, tuple)) else [float(given)]
+    assert given is not None
+    values = given if isinstance(given, list) else [given]
     densities = values if density is not None else [1.0 - v for v in values]
     if not densities:
         raise ValueError("prune: density: wanted at least one value, got an empty list")

@@ -13,7 +13,7 @@ from .flow import PathFlow
 from .masks import Masks
 from .network import PathNetwork, as_network
 from .policy import policy_of
-from .pruners.base import PathPruner, Pruner
+from .pruners.base import PathPruner, Pruner, require_pruner
 from .spatial import merge_equal_positions
 from .weights import weights_of
 
@@ -66,6 +66,7 @@ def scores(
     Raises:
         ValueError: weight sets without an architecture, or that differ from it; what ``prune`` refuses.
     """
+    require_pruner(method, "scores: method")
     if isinstance(networks, (nn.Module, PathNetwork)):
         return _one(as_network(networks, example_input), method, masks, seed)
     entries = list(networks)

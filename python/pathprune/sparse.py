@@ -53,6 +53,17 @@ def _handicap(layer: nn.Module) -> float:
     return POINTWISE_HANDICAP if layer.kernel_size == (1, 1) else PATCH_HANDICAP
 
 
+def _refill(parameter: nn.Parameter, values: Tensor) -> None:
+    """Gives a parameter other values, of any shape, and no gradient.
+
+    Where a loss of earlier is still held, autograd keeps the node that gathers the parameter's gradient, and with it
+    the old shape, which it would want of every gradient to come. It makes a new node when the dtype changes.
+    """
+    other = torch.float64 if values.dtype != torch.float64 else torch.float32
+    parameter.data = values.new_empty(0, dtype=other)
+    parameter.data, parameter.grad = values, None
+
+
 class _Sparse(nn.Module):
     """What the sparse layers share: the values as `weight` [stored], the mask's bits as the buffer `layout`.
 
@@ -75,8 +86,7 @@ class _Sparse(nn.Module):
         self._shape = weight.shape
         groups = _groups_of(dense)
         packed = pack_mask(mask.to(weight.device).reshape(groups, weight.shape[0] // groups, -1))
-        values = packed.gather(weight.detach())
-        weight.data, weight.grad = values, None  # the same parameter, which optimizers and ties may hold
+        _refill(weight, packed.gather(weight.detach()))  # the same parameter, which optimizers and ties may hold
         self.weight = weight
         self.register_parameter("bias", dense.bias)
         self._adopt(packed)
@@ -118,14 +128,13 @@ class _Sparse(nn.Module):
             and not torch.equal(layout.to(self.layout), self.layout)
         ):
             self._adopt(unpack_layout(layout.to(self.layout.device), self._columns))
-            self.weight.data = self.weight.new_zeros(self.column_index.shape[0])
+            _refill(self.weight, self.weight.new_zeros(self.column_index.shape[0]))
         super()._load_from_state_dict(state, prefix, *rest)
 
     def _restored(self) -> nn.Module:
         """The original module, with its parameters as they are now."""
         dense = self._dense[0]
-        self.weight.data = self.dense_weight().detach()
-        self.weight.grad = None
+        _refill(self.weight, self.dense_weight().detach())
         dense.weight, dense.bias = self.weight, self.bias  # a copy of this layer has parameters of its own
         return dense.train(self.training)
 
@@ -287,7 +296,12 @@ def sparsify(
 
     Raises:
         ValueError: a name without a parameter, or a mask of another shape.
+        TypeError: masks that are no mapping (of a file: `Masks.load` first).
     """
+    if not isinstance(masks, Mapping):
+        raise TypeError(
+            f"sparsify: masks: wanted Masks or a mapping of bool tensors by name, got {type(masks).__name__}"
+        )
     parameters = dict(model.named_parameters(remove_duplicate=False))
     holders: dict[int, int] = {}
     for module in model.modules():

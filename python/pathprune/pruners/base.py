@@ -31,6 +31,8 @@ class Pruner:
     rounds: int = field(default=1, kw_only=True)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.rounds, int):
+            raise TypeError(f"{type(self).__name__}: rounds: wanted an int, got {self.rounds!r}")
         if self.rounds < 1:
             raise ValueError(f"{type(self).__name__}: rounds: wanted at least 1, got {self.rounds}")
 
@@ -84,11 +86,20 @@ class Pruner:
         return {key: value for key, value in self.__dict__.items() if isinstance(value, (int, float, str, bool))}
 
 
+def require_pruner(pruner: object, who: str) -> None:
+    """Raises TypeError for what is no pruner: a name, or a class that was not called."""
+    if isinstance(pruner, Pruner):
+        return
+    got = f"str {pruner!r}" if isinstance(pruner, str) else type(pruner).__name__
+    if isinstance(pruner, type):
+        got = f"{pruner.__name__}, the class: write {pruner.__name__}()"
+    raise TypeError(f"{who}: wanted a pruner such as SynFlow(), got {got}")
+
+
 def require_scores(pruner: object, who: str) -> None:
     """Raises TypeError for what is no pruner, or takes weights without scoring them."""
-    if not isinstance(pruner, Pruner):
-        got = pruner.__name__ if isinstance(pruner, type) else type(pruner).__name__
-        raise TypeError(f"{who}: base: wanted a pruner such as SynFlow(), got {got}")
+    require_pruner(pruner, f"{who}: base")
+    assert isinstance(pruner, Pruner)
     if type(pruner).scorer is Pruner.scorer:
         raise TypeError(f"{who}: base: wanted a pruner that scores weights, got {pruner.name}, which does not")
 
@@ -174,6 +185,8 @@ class Scope:
 
     @staticmethod
     def of(text: str) -> Scope:
+        if not isinstance(text, str):
+            raise TypeError(f"scope: wanted 'global', 'layer', 'row' or 'n:m' such as '2:4', got {text!r}")
         if text in ("global", "layer", "row"):
             return Scope(text)
         parts = text.split(":")
