@@ -63,16 +63,27 @@ PP_INLINE int64_t count_bits(const uint16_t* words, int64_t count) {
 template <typename A>
 inline constexpr bool kSideBySide = sizeof(A) == sizeof(float) && kVectorBytes > 16;
 
+// Weights as they are stored, to be fetched while others are worked on.
+struct Upcoming {
+  const char* first = nullptr;
+  int64_t pitch = 0;  // bytes from row to row
+  int64_t word = 0;   // bytes of a word's weights
+
+  PP_INLINE void fetch(int row, int word_index) const {
+    __builtin_prefetch(first + row * pitch + word_index * word);
+  }
+};
+
 template <typename A, typename Strip>
 PP_INLINE void visit_rows(const Tile& tile, const A* values,  // [kRowsAtOnce, columns]
-                          int64_t pitch, const A* upcoming, Strip& strip) {
+                          int64_t pitch, const Upcoming& upcoming, Strip& strip) {
   Lanes<A> w[kRowsAtOnce];
   Bits live[kRowsAtOnce];
   const int whole = tile.whole_words();
   for (int i = 0; i < whole; ++i) {
 #pragma GCC unroll 4
     for (int j = 0; j < kRowsAtOnce; ++j) {
-      __builtin_prefetch(upcoming + j * pitch + kWordColumns * i);
+      upcoming.fetch(j, i);
       w[j] = load(values + j * pitch + kWordColumns * i);
       live[j] = tile.mask_row(j)[i];
     }
@@ -123,10 +134,13 @@ class DenseTiles {
 
   void enter(const Tile& tile) {
     const int64_t first = tile.flat_row * w_.columns + tile.first_column();
-    if (w_.storage == Storage::kFloat32 || w_.storage == Storage::kFloat64) {
-      const int64_t upcoming = tile.index < last_tile_ ? first + kTileColumns : next_strip_;
+    const int64_t next = tile.index < last_tile_ ? first + kTileColumns : next_strip_;
+    const bool is_wide = w_.storage == Storage::kFloat32 || w_.storage == Storage::kFloat64;
+    const int64_t bytes = is_wide ? sizeof(A) : sizeof(uint16_t);
+    upcoming_ = {static_cast<const char*>(w_.values) + next * bytes, w_.columns * bytes,
+                 kWordColumns * bytes};
+    if (is_wide) {
       values_ = static_cast<const A*>(w_.values) + first;
-      upcoming_ = static_cast<const A*>(w_.values) + upcoming;
       pitch_ = w_.columns;
       return;
     }
@@ -134,7 +148,7 @@ class DenseTiles {
       for (int j = 0; j < tile.rows; ++j) {
         widen_values(w_, first + j * w_.columns, tile.columns(), widened_[j]);
       }
-      values_ = upcoming_ = widened_[0];
+      values_ = widened_[0];
       pitch_ = kTileColumns;
     }
   }
@@ -167,8 +181,9 @@ class DenseTiles {
  private:
   const Weights& w_;
   int64_t last_tile_, next_strip_ = 0;
-  const A *values_ = nullptr, *upcoming_ = nullptr;  // [rows, columns], pitch apart
+  const A* values_ = nullptr;  // [rows, columns], pitch apart
   int64_t pitch_ = 0;
+  Upcoming upcoming_;
   A widened_[kRows][sizeof(A) == sizeof(float) ? kTileColumns : 1];
 };
 

@@ -35,7 +35,6 @@ template <typename W>
 PP_INLINE void widen_values(const W* w, int64_t count, float* wide) {
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) {
-    __builtin_prefetch(w + i + 2048);
     widen_word(w + i, wide + i);
   }
   for (; i < count; ++i) wide[i] = widen(w[i]);
