@@ -70,7 +70,7 @@ struct Upcoming {
   int64_t word = 0;   // bytes of a word's weights
 
   PP_INLINE void fetch(int row, int word_index) const {
-    __builtin_prefetch(first + row * pitch + word_index * word);
+    __builtin_prefetch(first + row * pitch + word_index * word, 0, 2);
   }
 };
 
