@@ -8,9 +8,12 @@ masks.apply_(model)
 
 from ._mask_io import MaskFileError, MaskMismatchError
 from .batches import class_balanced
+from .checkpoint import Checkpoint
+from .checkpoint_pruning import PrunedCheckpoint, prune_checkpoint
 from .comparison import Comparison, compare
 from .convergence import Convergence, predict_convergence
 from .gradient_moments import GradientMoments, gradient_moments
+from .layers import layer_network
 from .masked import PackedMask, masked_matmul, pack_mask
 from .masks import Masks
 from .mean_field import EdgeOfChaos, chi, critical_sparsity_bound, edge_of_chaos, edge_of_chaos_init_
@@ -49,6 +52,7 @@ from .rescaling import Rescaling, rescale_
 from .sanity import Inverted, random_labels, reinit, shuffled_pixels
 from .scoring import NetworkScores, scores
 from .select import NonFiniteScoreError, Threshold, keep_masks, select_threshold
+from .shards import CheckpointError
 from .sparse import SparseConv2d, SparseLinear, densify, load_sparse, save_sparse, sparsify
 from .stable_resnet import StableResNet, stable_resnet
 from .tangent_kernel import ntk, ntk_trace, ntk_trace_bound, path_activations
@@ -61,6 +65,8 @@ __all__ = [
     "PX",
     "SBP",
     "SNIP",
+    "Checkpoint",
+    "CheckpointError",
     "Comparison",
     "Convergence",
     "EdgeOfChaos",
@@ -83,6 +89,7 @@ __all__ = [
     "PathNetwork",
     "Paths",
     "Policy",
+    "PrunedCheckpoint",
     "Pruner",
     "Random",
     "Report",
@@ -111,6 +118,7 @@ __all__ = [
     "edge_of_chaos_init_",
     "gradient_moments",
     "keep_masks",
+    "layer_network",
     "load_sparse",
     "masked_matmul",
     "ntk",
@@ -121,6 +129,7 @@ __all__ = [
     "path_counts",
     "predict_convergence",
     "prune",
+    "prune_checkpoint",
     "random_labels",
     "reinit",
     "rescale_",

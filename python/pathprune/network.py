@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -53,28 +53,35 @@ class PathNetwork:
         self.forward: Forward | None = None  # the model's own computation, where it was read from one
         self.gates: dict[int, str] = {}  # gate or max-pool node -> the operator's name in that computation
         self.whole: PathNetwork = self  # with all positions, where this one has distinct ones only
+        self.used: Callable[[str], None] = _unwatched  # called with a weight's name when it has been read through
         self._fixed: set[str] = set()  # weights that are also used as something that is not prunable
         self._source: dict[str, Tensor] = {}  # the tensors of the model that nodes may ask for
 
     # ------------------------------------------------------------------------------------------ from a module
 
     @classmethod
-    def from_module(cls, model: nn.Module, example_input: Any) -> PathNetwork:
+    def from_module(
+        cls, model: nn.Module, example_input: Any, tensors: Mapping[str, Tensor] | None = None
+    ) -> PathNetwork:
         """Reads an unmodified module.
 
         Args:
             model: any ``nn.Module`` that ``torch.export`` accepts; it is not touched.
             example_input: a tensor, a tuple of positional or a dict of keyword arguments; only shapes and dtypes of
                 floating-point inputs matter (one sample is traced), integer and boolean inputs are held fixed.
+            tensors: the values to use in place of the model's, by name: one of the same shape for each parameter and
+                buffer. Their dtypes may be others, and mixed.
 
         Raises:
             UnsupportedModelError: the module cannot be exported, or an operator has no rule; names module and rule.
-            ValueError: no parameters, meta tensors, or several devices.
+            ValueError: no parameters, meta tensors, or several devices; ``tensors`` lacks one or has another shape.
         """
         _check_tensors(model)
         net = cls()
         net.model = model
         net._source = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        if tensors is not None:
+            net._source = _values(net._source, tensors)
         program = export(model, example_input)
         Tracer(net, program, canonical_names(model)).run()
         net._drop_dead_ends()
@@ -330,6 +337,23 @@ def _check_tensors(model: nn.Module) -> None:
     devices = {tensor.device for tensor in tensors.values()}
     if len(devices) > 1:
         raise ValueError(f"PathNetwork: model: wanted one device, got {sorted(map(str, devices))}")
+
+
+def _values(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Other values for the model's parameters and buffers."""
+    values = {}
+    for name, tensor in own.items():
+        given = tensors.get(name)
+        if given is None or given.is_meta or given.shape != tensor.shape:
+            got = "none" if given is None else "a meta tensor" if given.is_meta else f"{list(given.shape)}"
+            raise ValueError(f"PathNetwork: tensors: {name}: wanted values of shape {list(tensor.shape)}, got {got}")
+        is_parameter = isinstance(tensor, nn.Parameter)
+        values[name] = nn.Parameter(given.detach(), requires_grad=False) if is_parameter else given
+    return values
+
+
+def _unwatched(name: str) -> None:
+    """Nobody wants to know which weights have been read."""
 
 
 def _synapse_shape(node: Synapse, entering: torch.Size, weight: Tensor) -> torch.Size:

@@ -52,7 +52,8 @@ def prune(
         sparsity: fraction removed, in [0, 1); exactly one of the two is given (neither for n:m, which fixes it).
         example_input: tensor, tuple or kwargs the model accepts; not needed for a ``PathNetwork``.
         scope: what competes: ``global``, ``layer``, ``row`` (each output unit), or ``n:m`` such as ``2:4``.
-        allocation: for ``scope="layer"``: ``uniform``, ``erdos_renyi_kernel``, ``smart_ratio``, or densities by name.
+        allocation: for ``scope="layer"`` or ``"row"``: ``uniform``, ``erdos_renyi_kernel``, ``smart_ratio``, or
+            densities by name, as :func:`allocate` gives them.
         schedule: ``exponential``, ``linear`` or ``one-shot``.
         seed: of pruners that draw; the only source of chance.
         include, exclude: name patterns of the weights that may be pruned; the others stay whole and are not counted.
@@ -97,7 +98,7 @@ def prune(
         snapshots.append({name: (weights[name].packed_bits(), shapes[name]) for name in names})
         structures.append(reach(reachable, weights))
 
-    kind = allocation if area.kind == "layer" else "uniform"
+    kind = allocation if area.kind in ("layer", "row") else "uniform"
     rounds: list[Round] = []
     finished: list[int] = []
     steps = pruner.steps(quick, selection, plan, lambda d: layer_densities(kind, shapes, d), snapshot, seed)
@@ -105,7 +106,7 @@ def prune(
         rounds.append(done)
         if len(snapshots) > len(finished):
             finished.append(len(rounds))
-    hashed = base_hash(network.model, names) if network.model is not None else None
+    hashed = base_hash(network.tensors, names, network.used) if network.model is not None else None
     asked = {"density": density, "sparsity": sparsity, "scope": scope, "schedule": schedule, "count": count}
     results = []
     for bits, structure, stop in zip(snapshots, structures, finished, strict=True):

@@ -13,9 +13,8 @@ Bytes: one read of what the scores are made of per pass; two or three passes col
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import total_ordering
 
 import numpy as np
 import torch
@@ -23,61 +22,10 @@ from torch import Tensor
 
 from . import ops
 from .ops import WeightMap
+from .reals import Real
 
 _SAMPLE_STRIDE = 64  # words between two of a sampled histogram
 _EVERYTHING = 2**62
-
-
-@total_ordering
-@dataclass(frozen=True)
-class Real:
-    """The real number ``mantissa * 2^exponent``, beyond the range of float64; mantissa in +-[0.5, 1), 0 or inf."""
-
-    mantissa: float
-    exponent: int
-
-    @staticmethod
-    def of(value: float, exponent: int = 0) -> Real:
-        mantissa, shift = math.frexp(value)
-        return Real(mantissa, shift + exponent if mantissa and math.isfinite(mantissa) else 0)
-
-    def _key(self) -> tuple[float, int, float]:
-        sign = (self.mantissa > 0) - (self.mantissa < 0)
-        if math.isinf(self.mantissa):
-            return (2.0 * sign, 0, 0.0)
-        return (float(sign), sign * self.exponent, self.mantissa)
-
-    def __lt__(self, other: Real) -> bool:
-        return self._key() < other._key()
-
-    def log2(self) -> float:
-        return math.log2(self.mantissa) + self.exponent if self.mantissa > 0 else -math.inf
-
-    def at_least(self, exponent: int, dtype: torch.dtype) -> float:
-        """The smallest value v of ``dtype`` with ``v * 2^exponent >= self``."""
-        return self._bound(exponent, dtype, strict=False)
-
-    def above(self, exponent: int, dtype: torch.dtype) -> float:
-        """The smallest value v of ``dtype`` with ``v * 2^exponent > self``."""
-        return self._bound(exponent, dtype, strict=True)
-
-    def _bound(self, exponent: int, dtype: torch.dtype, strict: bool) -> float:
-        kind = np.float64 if dtype == torch.float64 else np.float32
-        shift = self.exponent - exponent
-        if math.isinf(self.mantissa):
-            return self.mantissa if not strict or self.mantissa > 0 else -float(np.finfo(kind).max)
-        try:
-            near = math.ldexp(self.mantissa, shift)
-        except OverflowError:
-            near = math.copysign(math.inf, self.mantissa)
-        with np.errstate(over="ignore"):
-            value = kind(near)
-        if math.isinf(value):  # beyond the type: nothing reaches it from above, everything does from below
-            return math.inf if value > 0 else -float(np.finfo(kind).max)
-        mine = Real.of(float(value), exponent)
-        if mine < self or (strict and mine == self):
-            value = np.nextafter(value, kind(np.inf))
-        return float(value)
 
 
 @dataclass(frozen=True)
@@ -91,6 +39,7 @@ class Scores:
         x, g: flows [G, T, K] and [G, T, O] or None.
         s: the score's weight map.
         exponent: a score is its value times 2^exponent.
+        used: called when the weight has been read through.
     """
 
     name: str
@@ -103,6 +52,7 @@ class Scores:
     exponent: int = 0
     layout: Tensor | None = None
     row_start: Tensor | None = None
+    used: Callable[[], None] | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -124,25 +74,48 @@ class Scores:
         return {"layout": self.layout, "row_start": self.row_start, "columns": self.columns}
 
     def collect(self, bracket: Bracket, capacity: int) -> Collected:
-        lo, hi = bracket.local(self)
-        made = (self.weight, self.mask, self.x, self.g, self.s)
-        return Collected(*ops.through_flow_collect(*made, lo, hi, capacity, **self.packing()))  # type: ignore[arg-type]
+        found = ops.through_flow_collect(*self._made, *bracket.local(self), capacity, **self.packing())  # type: ignore[arg-type]
+        self._read()
+        return Collected(*found)
 
     def histogram(self, stride: int) -> tuple[Tensor, Tensor]:
-        made = (self.weight, self.mask, self.x, self.g, self.s)
-        return ops.through_flow_histogram(*made, stride, **self.packing())  # type: ignore[arg-type]
+        found = ops.through_flow_histogram(*self._made, stride, **self.packing())  # type: ignore[arg-type]
+        self._read()
+        return found
 
     def nth(self, threshold: Real, n: int) -> int:
-        made = (self.weight, self.mask, self.x, self.g, self.s)
         bounds = (threshold.at_least(self.exponent, self.dtype), threshold.above(self.exponent, self.dtype))
-        return int(ops.through_flow_nth(*made, *bounds, n, **self.packing()))  # type: ignore[arg-type]
+        found = int(ops.through_flow_nth(*self._made, *bounds, n, **self.packing()))  # type: ignore[arg-type]
+        self._read()
+        return found
 
     def prune_(self, threshold: Threshold, position: int) -> None:
         """Clears the bits of ``mask`` that the threshold does not keep."""
         if self.mask is None:
             raise ValueError(f"Scores.prune_: {self.name}: wanted a mask to write to, got None")
-        made = (self.weight, self.mask, self.x, self.g, self.s)
-        ops.through_flow_prune_(*made, *threshold.local(self, position), **self.packing())  # type: ignore[arg-type]
+        ops.through_flow_prune_(*self._made, *threshold.local(self, position), **self.packing())  # type: ignore[arg-type]
+        self._read()
+
+    def written(self) -> Tensor:
+        """The scores as a tensor [G, O, K], 0 where the mask is."""
+        found = ops.through_flow(*self._made, **self.packing())  # type: ignore[arg-type]
+        self._read()
+        return found
+
+    def rows(self, first: int, last: int) -> Scores:
+        """The scores of some rows of every group; of dense weights only."""
+        weight = self.weight[:, first:last].contiguous()
+        mask = None if self.mask is None else self.mask[:, first:last].contiguous()
+        g = None if self.g is None else self.g[..., first:last].contiguous()
+        return replace(self, weight=weight, mask=mask, g=g, used=None)
+
+    @property
+    def _made(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, WeightMap]:
+        return self.weight, self.mask, self.x, self.g, self.s
+
+    def _read(self) -> None:
+        if self.used is not None:
+            self.used()
 
 
 @dataclass(frozen=True)

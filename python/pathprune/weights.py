@@ -13,8 +13,9 @@ Two ways through a weight tensor:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -76,6 +77,7 @@ class Weight:
         ensemble: whether ``tensor`` has a leading ensemble axis.
         compact: density below which the values that are left are packed (0: never).
         scratch: memory shared with the other weights of the network.
+        used: called with the name when the tensor has been read through.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class Weight:
         ensemble: bool = False,
         compact: float = 0.0,
         scratch: Scratch | None = None,
+        used: Callable[[str], None] = lambda name: None,
     ) -> None:
         self.name, self.shape, self.f, self.s = name, tensor.shape, f, s
         self.uses, self.scored, self.form = uses, scored, synapse.form
@@ -105,6 +108,7 @@ class Weight:
         self.packed: tuple[Tensor, Tensor, Tensor] | None = None  # values, layout, row_start
         self.exponents = torch.zeros(self.members, dtype=torch.int64)  # of the written scores, one per member
         self._scratch = scratch or Scratch()
+        self._read = partial(used, name)
         self._effective: Tensor | None = None
         self._pattern: Pattern | None = None  # of the packed values, as long as they are exactly those left
         self._scores: Scores | None = None
@@ -122,7 +126,8 @@ class Weight:
         if self.packed is not None:
             weight, layout, row_start = self.packed
         assert weight is not None
-        return Scores(self.name, weight, self.columns, self.mask, x, g, self.s, exponent, layout, row_start)
+        made = (weight, self.columns, self.mask, x, g, self.s, exponent, layout, row_start)
+        return Scores(self.name, *made, used=self._read)
 
     def _packing(self) -> dict[str, object]:
         return self._source(None, None, 0).packing()
@@ -156,11 +161,14 @@ class Weight:
         if waiting is None or kept is None or kept.x is None or self.transposed:
             self.settle()
             made = (self._stored(), self.mask, x, self.f, self.transposed)
-            return ops.path_flow_linear(*made, **self._packing())  # type: ignore[arg-type]
-        bounds = waiting[0].local(kept, waiting[1])
-        self._cut = self._scores = None
-        made_of = (kept.weight, self.mask, kept.x, kept.g, self.s)
-        return ops.path_flow_linear_prune_(*made_of, *bounds, x, self.f, **kept.packing())  # type: ignore[arg-type]
+            onward = ops.path_flow_linear(*made, **self._packing())  # type: ignore[arg-type]
+        else:
+            bounds = waiting[0].local(kept, waiting[1])
+            self._cut = self._scores = None
+            made_of = (kept.weight, self.mask, kept.x, kept.g, self.s)
+            onward = ops.path_flow_linear_prune_(*made_of, *bounds, x, self.f, **kept.packing())  # type: ignore[arg-type]
+        self._read()
+        return onward
 
     def effective(self) -> Tensor:
         """``f(w) * mask`` in the tensor's own shape and the accumulate type, kept until the backward flow."""
@@ -168,6 +176,7 @@ class Weight:
         if self._effective is None:
             assert self.dense is not None
             self._effective = ops.masked_weight(self.dense, self.mask, self.f).reshape(self.shape)
+            self._read()
         return self._effective
 
     # ----------------------------------------------------------------------------------------- backward flow
@@ -206,9 +215,11 @@ class Weight:
             )
             inward, *found = ops.path_flow_linear_collect(*made, **source.packing())  # type: ignore[arg-type]
             self._collected = Collected(*found)
-            return inward
-        onward = (source.weight, self.mask, g.tensor, self.f, not self.transposed)
-        return ops.path_flow_linear(*onward, **source.packing())  # type: ignore[arg-type]
+        else:
+            onward = (source.weight, self.mask, g.tensor, self.f, not self.transposed)
+            inward = ops.path_flow_linear(*onward, **source.packing())  # type: ignore[arg-type]
+        self._read()
+        return inward
 
     def _sparse(self, x: Tensor) -> Pattern | None:
         """Where the weights that are left lie, if products over them alone pay; packs them after a cut."""
@@ -250,6 +261,7 @@ class Weight:
             factor, self._effective = self._effective.reshape(gradient.shape), None  # its last use: it is written to
         else:
             factor = ops.masked_weight(self.dense, self.mask, self.s)
+            self._read()
         self.take_scores(factor.mul_(gradient), exponent)
 
     def take_scores(self, scores: Tensor, exponent: Tensor) -> None:
@@ -299,14 +311,7 @@ class Weight:
         made = self.scores
         if made.x is None and made.s == WeightMap.IDENTITY and made.layout is None:
             return made
-        parts = (made.weight, made.mask, made.x, made.g, made.s)
-        return Scores(
-            self.name,
-            ops.through_flow(*parts, **made.packing()),  # type: ignore[arg-type]
-            self.columns,
-            self.mask,
-            exponent=made.exponent,
-        )
+        return Scores(self.name, made.written(), self.columns, self.mask, exponent=made.exponent)
 
     def cut(self, threshold: Threshold, position: int) -> None:
         """Makes a cut wait for the next forward flow, or for :meth:`settle`."""
@@ -331,8 +336,12 @@ class Weight:
 
     def set_mask(self, mask: Tensor) -> None:
         """Replaces the mask by a bool tensor of the weight's shape."""
+        self.set_words(ops.mask_pack(mask.reshape(self.groups, -1, self.columns).contiguous()))
+
+    def set_words(self, words: Tensor) -> None:
+        """Replaces the mask by row words int16 [G, O, W], which become the weight's own."""
         self._cut = self._scores = self._effective = self._pattern = None
-        self.mask = ops.mask_pack(mask.reshape(self.groups, -1, self.columns).contiguous())
+        self.mask = words
         if self.packed is not None and self.dense is None:
             raise RuntimeError("Weight.set_mask: the dense weights are gone")
 
@@ -415,6 +424,7 @@ def weights_of(
             continue
         tensor = (tensors or network.tensors)[node.weight].detach()
         check_finite(node.weight, tensor)
+        network.used(node.weight)
         weights[node.weight] = Weight(
             node.weight,
             tensor,
@@ -427,6 +437,7 @@ def weights_of(
             ensemble=tensors is not None,
             compact=compact,
             scratch=scratch,
+            used=network.used,
         )
     return weights
 

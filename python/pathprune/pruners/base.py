@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import ops
@@ -16,6 +15,7 @@ from ..flow import PathFlow
 from ..network import PathNetwork
 from ..ops import WeightMap
 from ..policy import Policy, policy_of
+from ..row_selection import cut_rows
 from ..select import Bracket, Real, Threshold, select
 from ..weights import Weight
 
@@ -41,6 +41,11 @@ class Pruner:
     def wants_merged_positions(self) -> bool:
         """Whether equal positions of a constant source may be computed once (see ``spatial``)."""
         return False
+
+    @property
+    def needs_paths(self) -> bool:
+        """Whether the method looks beyond single layers, at the paths through the network."""
+        return True
 
     @property
     def regrows(self) -> bool:
@@ -226,7 +231,7 @@ class Selection:
                 weight.allow_return()
         if self.scope.kind in ("row", "n:m"):
             for weight in self.weights:
-                self._cut_rows(weight, shares[weight.name])
+                cut_rows(weight, shares[weight.name], self.scope.n, self.scope.m)
             return None
         if self.scope.kind == "layer":
             for weight in self.weights:
@@ -257,23 +262,6 @@ class Selection:
         if keep + 1 > live:
             return Threshold(Real(0.0, 0), tie_tensor=-1)
         return Threshold(select(sources, keep + 1, guess, collected).value, tie_tensor=-1)
-
-    def _cut_rows(self, weight: Weight, keep_in_row: int) -> None:
-        made = weight.written_scores()
-        bits = weight.bits().reshape(weight.groups, -1, weight.columns)
-        scores = made.weight.double().masked_fill(~bits.to(made.weight.device), -math.inf)
-        n, columns = keep_in_row, weight.columns
-        if self.scope.kind == "n:m":
-            n = self.scope.n
-            if columns % self.scope.m:
-                raise ValueError(
-                    f"scope: '{weight.name}': wanted {columns} inputs to be a multiple of {self.scope.m} for "
-                    f"{self.scope.n}:{self.scope.m}; exclude it"
-                )
-            scores = scores.unflatten(-1, (-1, self.scope.m))
-        order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :n]
-        kept = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device).scatter_(-1, order, True)
-        weight.set_mask(kept.reshape(weight.shape))
 
 
 class Forecast:

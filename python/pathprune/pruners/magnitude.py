@@ -20,6 +20,10 @@ class Magnitude(Pruner):
     """Keeps the largest ``|w|``. Rounds change nothing."""
 
     @property
+    def needs_paths(self) -> bool:
+        return False
+
+    @property
     def maps(self) -> tuple[WeightMap, WeightMap]:
         return WeightMap.ABS, WeightMap.ABS
 

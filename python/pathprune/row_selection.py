@@ -1,0 +1,81 @@
+"""Exact selection within rows: the best ``n`` of every row, or of every ``m`` neighbours in a row.
+
+Of equal scores the one that comes first stays. Rows are taken some at a time: the scores of a tensor are never all
+written out, unless they are already.
+
+Bytes: one read of what the scores are made of, and one bit a weight; temporaries of a few million scores.
+Oracle: a stable descending sort.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .select import NonFiniteScoreError
+from .weights import Weight
+
+_AT_ONCE = 1 << 20  # scores in one piece
+_BY_PAIRS = 8  # group size up to which comparing all pairs beats a selection
+
+
+def best(scores: Tensor, n: int) -> Tensor:
+    """Which of the last axis are among its ``n`` largest, the first ones where scores are equal.
+
+    Args:
+        scores: floats [..., K]; -inf is allowed, NaN is not.
+        n: 0 <= n <= K.
+
+    Returns:
+        bool [..., K] with ``n`` True in each row.
+    """
+    if n == 0 or scores.numel() == 0:
+        return torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
+    if scores.shape[-1] <= _BY_PAIRS:
+        better = scores[..., None, :] > scores[..., :, None]  # [..., i, j]: j beats i
+        earlier = torch.ones(scores.shape[-1:] * 2, dtype=torch.bool, device=scores.device).tril(-1)
+        better |= (scores[..., None, :] == scores[..., :, None]) & earlier
+        return better.sum(-1) < n
+    last = scores.topk(n, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+    kept, ties = scores > last, scores == last
+    room = n - kept.sum(-1, keepdim=True)
+    if bool((ties.sum(-1, keepdim=True) > room).any()):
+        ties &= ties.cumsum(-1) <= room
+    return kept | ties
+
+
+def cut_rows(weight: Weight, keep: int, n: int = 0, m: int = 0) -> None:
+    """Keeps the best ``keep`` weights of each row, or with ``m`` the best ``n`` of every ``m`` neighbours.
+
+    Args:
+        weight: it has been scored; its mask is replaced.
+        keep: of the K weights of a row.
+
+    Raises:
+        NonFiniteScoreError: NaN or inf among the scores.
+        ValueError: rows that are no multiple of ``m``.
+    """
+    columns = weight.columns
+    if m and columns % m:
+        raise ValueError(
+            f"scope: '{weight.name}': wanted {columns} inputs to be a multiple of {m} for {n}:{m}; exclude it"
+        )
+    made = weight.scores if weight.scores.layout is None else weight.written_scores()
+    groups, rows, _ = made.weight.shape
+    words = torch.empty((groups, rows, ops.words(columns)), dtype=torch.int16, device=made.weight.device)
+    step = max(1, _AT_ONCE // max(groups * columns, 1))
+    for first in range(0, rows, step):
+        some = made.rows(first, first + step)
+        scores = some.written()
+        if not bool(torch.isfinite(scores).all()):
+            raise NonFiniteScoreError(f"select: scores of '{weight.name}' are NaN or infinite")
+        if some.mask is not None:
+            scores = scores.masked_fill(~ops.mask_unpack(some.mask, columns), -math.inf)
+        kept = best(scores.unflatten(-1, (-1, m)), n).flatten(-2) if m else best(scores, keep)
+        words[:, first : first + step] = ops.mask_pack(kept)
+    if made.used is not None:
+        made.used()
+    weight.set_words(words)
