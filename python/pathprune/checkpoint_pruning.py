@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from .checkpoint import MASKS, Checkpoint, some, verify
 from .checkpoint_model import CheckpointModel, open_model
-from .loading import example_input as image_of_ones
+from .loading import example_input as ones_of_shape
 from .masks import Masks
 from .pruners.base import Pruner
 from .pruning import prune
@@ -65,6 +66,7 @@ def prune_checkpoint(
     density: float | None = None,
     sparsity: float | None = None,
     example_input: Any = None,
+    input_shape: str | None = None,
     scope: str = "global",
     schedule: str = "exponential",
     seed: int = 0,
@@ -85,7 +87,8 @@ def prune_checkpoint(
             path rules can read.
         out: a folder that does not exist, is empty, or is the result of the same call.
         density, sparsity, scope, schedule, seed, include, exclude: as in ``prune``; one density.
-        example_input: of methods that look at paths; None: an image of ones, of the size the configuration gives.
+        example_input: of methods that look at paths; None: ones of ``input_shape``.
+        input_shape: such as ``1,3,224,224``; None: the size of an image that the configuration gives.
         budget: bytes of weights that may stay in memory between two uses.
         progress: bars on stderr; None: when it is a terminal.
 
@@ -116,6 +119,7 @@ def prune_checkpoint(
         "scope": scope,
         "schedule": schedule,
         "seed": seed,
+        "input": _shapes(example_input) or input_shape,
         "include": [include] if isinstance(include, str) else include and list(include),
         "exclude": [exclude] if isinstance(exclude, str) else list(exclude),
     }
@@ -128,7 +132,7 @@ def prune_checkpoint(
             masks = Masks.load(work.partial / MASKS)
         else:
             found = prune(
-                opened.paths(_input(opened, example_input)) if pruner.needs_paths else opened.layers(),
+                opened.paths(_input(opened, example_input, input_shape)) if pruner.needs_paths else opened.layers(),
                 pruner,
                 density=density,
                 sparsity=sparsity,
@@ -166,8 +170,12 @@ def _result(folder: Path, masks: Masks, found: Mapping[str, Any]) -> PrunedCheck
     return PrunedCheckpoint(folder, masks, tuple(found["unpruned"]), tuple(found["left_out"]))
 
 
-def _input(opened: CheckpointModel, given: Any) -> Any:
-    return image_of_ones(opened.model, None) if given is None else given
+def _input(opened: CheckpointModel, given: Any, shape: str | None) -> Any:
+    return ones_of_shape(opened.model, shape) if given is None else given
+
+
+def _shapes(given: Any) -> list[list[int]]:
+    return [list(leaf.shape) for leaf in tree_leaves(given) if isinstance(leaf, Tensor)]
 
 
 def _check_space(checkpoint: Checkpoint, work: RestartableFolder) -> None:

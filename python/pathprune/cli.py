@@ -1,4 +1,4 @@
-"""The ``pathprune`` command: info, prune, support, report.
+"""The ``pathprune`` command: info, prune, prune-checkpoint, support, report.
 
 Exit codes: 0 done, 1 a mistake or a failure (one line on stderr), 2 wrong usage, 130 interrupted (to a shell: an
 interrupt inside generated source ends CPython by the signal itself).
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Annotated
 
 from . import info as installation
+from .checkpoint_pruning import prune_checkpoint as prune_files
 from .loading import example_input, load_model
 from .masks import Masks
 from .network import PathNetwork
@@ -71,6 +72,15 @@ class Method(str, enum.Enum):
             "ntk-sap": NTKSAP,
         }
         return kinds[self.value]() if rounds is None else kinds[self.value](rounds=rounds)
+
+
+class FileMethod(str, enum.Enum):
+    """What scores weights that stay on the disk."""
+
+    MAGNITUDE = "magnitude"
+    SYNFLOW = "synflow"
+    SYNFLOW_L2 = "synflow-l2"
+    PHEW = "phew"
 
 
 @contextmanager
@@ -135,6 +145,40 @@ def prune(
             written = sorted(path.name for path in folder.iterdir())
     typer.echo(str(report))
     typer.echo(f"\nWrote {', '.join(written)} to {out}")
+
+
+@app.command()
+def prune_checkpoint(
+    folder: Annotated[Path, typer.Argument(help="A Hugging Face folder with safetensors weights.")],
+    out: Annotated[Path, typer.Option(help="The folder to make: pruned shards, masks, and the other files.")],
+    method: Annotated[FileMethod, typer.Option(help="What scores the weights.")] = FileMethod.MAGNITUDE,
+    density: Annotated[float | None, typer.Option(help="Fraction of weights kept.")] = None,
+    sparsity: Annotated[float | None, typer.Option(help="Fraction removed.")] = None,
+    rounds: Annotated[int | None, typer.Option(help="Default: the method's own.")] = None,
+    input_shape: Shape = None,
+    scope: Annotated[str, typer.Option(help="global, layer, row, or n:m such as 2:4.")] = "global",
+    schedule: Annotated[str, typer.Option(help="exponential, linear or one-shot.")] = "exponential",
+    seed: Seed = 0,
+    exclude: Annotated[list[str] | None, typer.Option(help="Name pattern to leave whole; repeatable.")] = None,
+) -> None:
+    """Prune a checkpoint from file to file, in bounded memory; the same command goes on after an interruption."""
+    with _one_line_errors():
+        made = prune_files(
+            folder,
+            Method(method.value).pruner(rounds),
+            out,
+            density=density,
+            sparsity=sparsity,
+            input_shape=input_shape,
+            scope=scope,
+            schedule=schedule,
+            seed=seed,
+            exclude=exclude or (),
+        )
+    typer.echo(str(Report.of(made.masks)))
+    for note in made.notes():
+        typer.echo(note)
+    typer.echo(f"\nWrote {out}")
 
 
 @app.command()

@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -79,28 +80,31 @@ class RestartableFolder:
         try:
             fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._take_up()
-        except BlockingIOError:
-            self.__exit__()
-            raise CheckpointError(f"out: another process is writing {self.out}") from None
-        except BaseException:
-            self.__exit__()
+        except BaseException as error:
+            os.close(self._held)
+            self._held = None
+            if isinstance(error, BlockingIOError):
+                raise CheckpointError(f"out: another process is writing {self.out}") from None
             raise
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._held is not None:
-            os.close(self._held)  # and with it the lock
-            self._held = None
+        if self._held is None:
+            return
+        if not self.finished and not self._files:  # nothing that the next attempt could use
+            shutil.rmtree(self.partial, ignore_errors=True)
+        os.close(self._held)  # and with it the lock
+        self._held = None
 
     def _take_up(self) -> None:
         """Finds what an earlier attempt has finished, and clears away what it has not."""
         journal = _read(self.partial / MARKER)
-        if journal is not None and journal.get("arguments") != self.arguments:
+        files = journal.get("files") if journal is not None else {}
+        if journal is not None and files and journal.get("arguments") != self.arguments:
             raise CheckpointError(
                 f"out: {self.partial} is left of a run with other arguments ({self._others(journal)}); "
                 "repeat that run, or remove the folder"
             )
-        files = journal.get("files") if journal is not None else {}
         self._files = dict(files) if isinstance(files, dict) else {}
         known = {MARKER, *self._files}
         for parent, _, names in os.walk(self.partial):
@@ -108,8 +112,7 @@ class RestartableFolder:
                 path = Path(parent) / name
                 if str(path.relative_to(self.partial)) not in known:
                     path.unlink()
-        if journal is None:
-            self._note()
+        self._note()
 
     def has(self, name: str) -> bool:
         """Whether a file is finished; reads it to compare its checksum."""

@@ -44,7 +44,7 @@ _DTYPES = {
     "BOOL": torch.bool,
     "C64": torch.complex64,
 }
-_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # in which zero is all bits zero
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # 0 has no bit set, as 0.0 has none
 
 
 class CheckpointError(ValueError):
@@ -164,7 +164,7 @@ class Shard:
             if kept is not None:
                 words = torch.frombuffer(piece, dtype=_WORDS[item])
                 first = (begin - entry.begin) // item
-                words.masked_fill_(~unpack_bits(kept, first, first + len(words)), 0)
+                words.mul_(unpack_bits(kept, first, first + len(words)))  # as integers: NaN becomes 0 too
             yield piece
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..masks import Masks
 from ..network import PathNetwork
 from ..path_kernel import log2_trace
 from ..path_sampling import FlowWalks
@@ -86,6 +87,7 @@ class PHEW(Pruner):
             raise ValueError(f"PHEW: wanted scope='global' and count='exact', got {selection.scope} {selection.count}")
         for name in {network.nodes[k].weight for k in network.synapses()}:  # type: ignore[attr-defined]
             check_finite(name, network.tensors[name].detach())
+            network.used(name)
         return self._walked(network, selection, plan, on_snapshot, seed)
 
     def _walked(
@@ -111,13 +113,17 @@ class PHEW(Pruner):
             if which is None:
                 continue
             target = targets[which]
-            masks = {}
+            packed = {}
             for weight in selection.weights:
                 whole = torch.ones(weight.shape, dtype=torch.bool)
-                masks[weight.name] = walks.bits(found[target], weight.name) if target in found else whole
-                weight.set_mask(masks[weight.name].to(network.device))
+                mask = walks.bits(found[target], weight.name) if target in found else whole
+                weight.set_mask(mask.to(network.device))
+                packed[weight.name] = weight.packed_bits(), weight.shape
             on_snapshot(which)
-            details = {**self._details(network, masks, found.get(target), target), "quantised_to_zero": lost}
+            details = {
+                **self._details(network, Masks.from_packed(packed), found.get(target), target),
+                "quantised_to_zero": lost,
+            }
             kept = found[target].kept if target in found else target
             yield Round(kept, None, None, time.perf_counter() - began, details)
             began = time.perf_counter()
