@@ -143,9 +143,7 @@ def verify(folder: str | os.PathLike[str]) -> dict[str, Any]:
     marker = _read_json(folder / MARKER)
     files = marker.get("files")
     if not isinstance(files, dict) or not marker.get("complete"):
-        raise CheckpointError(
-            f"{folder / MARKER}: wanted the marker of a complete folder, with the checksums of its files"
-        )
+        raise CheckpointError(f"{folder / MARKER}: wanted the checksums of a complete folder, got none")
     for name, wanted in files.items():
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder}: {name} is missing")

@@ -54,7 +54,7 @@ def prunable_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Weight name -> the first module that uses it, in the order of ``model.named_parameters()``."""
     canonical = canonical_names(model)
     kinds = (nn.Linear, nn.modules.conv._ConvNd, *_hugging_face_kinds())
-    modules = {f"{path}.weight".lstrip("."): module for path, module in model.named_modules()}
+    modules: dict[str, nn.Module] = {f"{path}.weight".lstrip("."): module for path, module in model.named_modules()}
     embedded = {canonical.get(name) for name, module in modules.items() if isinstance(module, EMBEDDINGS)}
     found: dict[str, nn.Module] = {}
     for name, module in modules.items():
