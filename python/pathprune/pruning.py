@@ -95,7 +95,8 @@ def prune(
     reachable = quick if pruner.wants_merged_positions else merge_equal_positions(network)
 
     def snapshot(which: int) -> None:
-        snapshots.append({name: (weights[name].packed_bits(), shapes[name]) for name in names})
+        more = which < len(densities) - 1  # rounds to come, which write to the masks
+        snapshots.append({name: (weights[name].packed_bits(copy=more), shapes[name]) for name in names})
         structures.append(reach(reachable, weights))
 
     kind = allocation if area.kind in ("layer", "row") else "uniform"

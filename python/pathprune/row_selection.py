@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,16 +36,32 @@ def best(scores: Tensor, n: int) -> Tensor:
     if n == 0 or scores.numel() == 0:
         return torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
     if scores.shape[-1] <= _BY_PAIRS:
-        better = scores[..., None, :] > scores[..., :, None]  # [..., i, j]: j beats i
-        earlier = torch.ones(scores.shape[-1:] * 2, dtype=torch.bool, device=scores.device).tril(-1)
-        better |= (scores[..., None, :] == scores[..., :, None]) & earlier
-        return better.sum(-1) < n
-    last = scores.topk(n, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+        return _best_by_pairs(scores, n)
+    last = _nth_largest(scores, n)
     kept, ties = scores > last, scores == last
     room = n - kept.sum(-1, keepdim=True)
     if bool((ties.sum(-1, keepdim=True) > room).any()):
         ties &= ties.cumsum(-1) <= room
     return kept | ties
+
+
+def _best_by_pairs(scores: Tensor, n: int) -> Tensor:
+    """The same for a short axis: those that fewer than ``n`` others beat."""
+    beaten = torch.zeros(scores.shape, dtype=torch.uint8, device=scores.device)
+    for i in range(scores.shape[-1]):
+        for j in range(i + 1, scores.shape[-1]):
+            later_wins = scores[..., j] > scores[..., i]
+            beaten[..., i] += later_wins
+            beaten[..., j] += ~later_wins
+    return beaten < n
+
+
+def _nth_largest(scores: Tensor, n: int) -> Tensor:
+    """The ``n``-th largest of every row, [..., 1]."""
+    if scores.device.type != "cpu":
+        return scores.topk(n, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+    place = scores.shape[-1] - n
+    return torch.from_numpy(np.partition(scores.numpy(), place, axis=-1)[..., place : place + 1])
 
 
 def cut_rows(weight: Weight, keep: int, n: int = 0, m: int = 0) -> None:
@@ -70,7 +87,8 @@ def cut_rows(weight: Weight, keep: int, n: int = 0, m: int = 0) -> None:
     for first in range(0, rows, step):
         some = made.rows(first, first + step)
         scores = some.written()
-        if not bool(torch.isfinite(scores).all()):
+        low, high = torch.aminmax(scores)  # NaN is both
+        if not (math.isfinite(float(low)) and math.isfinite(float(high))):
             raise NonFiniteScoreError(f"select: scores of '{weight.name}' are NaN or infinite")
         if some.mask is not None:
             scores = scores.masked_fill(~ops.mask_unpack(some.mask, columns), -math.inf)

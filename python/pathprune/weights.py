@@ -364,11 +364,12 @@ class Weight:
             return torch.ones(self.shape, dtype=torch.bool)
         return ops.mask_unpack(self.mask, self.columns).reshape(self.shape)
 
-    def packed_bits(self) -> Tensor:
+    def packed_bits(self, copy: bool = True) -> Tensor:
         """The mask as flat little-endian bits, uint8 [ceil(n / 8)] on the CPU: how ``Masks`` stores it."""
         self.settle()
         if self.mask is not None and self.columns % 16 == 0:
-            return self.mask.cpu().view(torch.uint8).flatten().clone()
+            flat = self.mask.cpu().view(torch.uint8).flatten()
+            return flat.clone() if copy else flat
         return pack_bits(self.bits().cpu())
 
     def allow_return(self) -> None:
