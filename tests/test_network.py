@@ -89,14 +89,16 @@ REFUSED = {
         lambda m, x: torch.sin(x),
         r"aten\.sin .*no rule for this operator.*'sin' in pathprune/rules\.py",
     ),
-    "attention": (lambda m, x: F.scaled_dot_product_attention(x, x, x), "attention is not supported yet"),
-    "softmax": (lambda m, x: torch.softmax(x, 1), "attention is not supported yet"),
-    "einsum": (lambda m, x: torch.einsum("bi,ij->bj", x, m.inner.weight), "attention is not supported yet"),
-    "product of flows": (
-        lambda m, x: x @ x.T,
-        r"product of two flows by matmul \(attention\) is not supported",
-    ),
+    "einsum": (lambda m, x: torch.einsum("bi,ij->bj", x, m.inner.weight), "other than a product of two flows"),
     "division by a flow": (lambda m, x: x / x.sum(), r"aten\.div .*division by a flow"),
+    "division by another's size": (lambda m, x: m.inner(x) / x.norm(), "not divided by its own"),
+    "size as a flow": (lambda m, x: m.inner(x) + x.norm(), "used other than to divide that flow"),
+    "sizes combined": (lambda m, x: x / (x.norm() + m.inner(x).norm()), "sizes of two flows are combined"),
+    "order of a norm": (lambda m, x: x / x.norm(p=1), "a norm of order 1"),
+    "root of a flow": (lambda m, x: torch.relu(x).sqrt(), "a root or reciprocal of other than"),
+    "filled with ones": (lambda m, x: x.masked_fill(m.inner.bias > 0, 1.0), "fills with other than zero"),
+    "choice of flows": (lambda m, x: torch.where(m.inner.bias > 0, x, m.inner(x)), "or between two flows"),
+    "batched constant": (lambda m, x: torch.bmm(m.inner.weight[None], x[:, :, None]), "weights that are not chosen"),
     "constant times flow": (lambda m, x: m.inner.weight @ x.T, "a constant matrix times a flow"),
     "computed weight": (lambda m, x: F.linear(x, m.inner.weight * 2), "the weight is computed by the model"),
     "vector": (lambda m, x: x @ m.inner.bias, r"wanted a matrix as the weight, got shape \(4,\)"),
@@ -120,13 +122,6 @@ def test_refusal_names_the_operator_and_the_module(case):
     with pytest.raises(UnsupportedModelError, match=message) as caught:
         PathNetwork.from_module(model, torch.ones(1, 4).double())
     assert "'1' (Calls)" in str(caught.value)
-
-
-def test_attention_is_refused_by_name():
-    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-    with pytest.raises(UnsupportedModelError, match="attention is not supported yet") as caught:
-        PathNetwork.from_module(model, torch.ones(1, 3, 8))
-    assert "self_attn" in str(caught.value)
 
 
 def test_weight_norm_is_refused():

@@ -25,16 +25,17 @@ from . import nodes as kinds
 from .network import PathNetwork
 from .nodes import Node, Synapse
 from .ops import WeightMap
-from .policy import Policy
+from .policy import SHARES, Policy
 from .pooling import pooled
+from .scaled import ScaledArithmetic
 from .select import Bracket
 from .weights import Scaled, Weight, accumulate_type, power_of_two
 
-NOTHING = -(2**40)  # the exponent of a flow of zeros, below that of any other
+GROUPED = ("rows", "experts", "experts_t")  # forms of synapses over a flow [1, groups, rows, in]
 POWERS = {WeightMap.ONE: 0.0, WeightMap.ABS: 1.0, WeightMap.IDENTITY: 1.0, WeightMap.SQUARE: 2.0}
 
 
-class PathFlow:
+class PathFlow(ScaledArithmetic):
     """Forward and backward flow over a network, round after round.
 
     Args:
@@ -117,6 +118,8 @@ class PathFlow:
         if isinstance(node, kinds.Shift) and not (drops_biases or skips_norm):
             value = self._powered(node, node.value)
             return value if bool(value.any()) else None
+        if isinstance(node, kinds.Softmax):
+            return self._powered(node, lambda tensors: _attended(node, tensors), keeps_zeros=True)
         if isinstance(node, kinds.Constant):
             value = self._powered(node, node.value)
             return torch.zeros_like(value) if drops_biases else value
@@ -126,7 +129,7 @@ class PathFlow:
         """A node's fixed numbers, raised to the power; None for none."""
         return self._fixed.get(k)
 
-    def _powered(self, node: Node, expression: kinds.Expression) -> Tensor:
+    def _powered(self, node: Node, expression: kinds.Expression, keeps_zeros: bool = False) -> Tensor:
         """``|value|^power``; for an ensemble [E, 1, *value], its axes laid against the node's."""
         with torch.no_grad():
             if self._tensors:
@@ -135,7 +138,8 @@ class PathFlow:
                 value = torch.stack([one.reshape(*lead, *one.shape) for one in each])
             else:
                 value = expression(self.network.tensors)
-        value = value.detach().double().abs() ** self.power
+        value = value.detach().double().abs()
+        value = value**self.power if self.power or not keeps_zeros else (value > 0).double()
         value = value.to(self.device, self.dtype)
         if not bool(torch.isfinite(value).all()):
             raise ValueError("PathFlow: wanted finite biases, norms and constants, got NaN or infinite ones")
@@ -174,42 +178,6 @@ class PathFlow:
             amount = out.tensor.double().reshape(self.members, -1).sum(1).cpu()
             total = torch.logaddexp2(total, amount.log2() + out.exponent.cpu())
         return total
-
-    def _lead(self) -> tuple[int, ...]:
-        return (self.members, self.sources) if self.batched else ()
-
-    def _zero_exponent(self) -> Tensor:
-        return torch.zeros(self.members, dtype=torch.int64, device=self.device)
-
-    def _by(self, factor: Tensor, like: Tensor) -> Tensor:
-        """A per-member factor [E], to multiply a flow with."""
-        return factor.reshape(-1, *[1] * (like.dim() - 1)) if self.batched else factor.reshape(())
-
-    def _shifted(self, flow: Scaled, exponent: Tensor) -> Tensor:
-        """The flow's tensor at another (not smaller) exponent."""
-        if flow.exponent is exponent:
-            return flow.tensor
-        return flow.tensor * self._by(power_of_two(flow.exponent - exponent, self.dtype), flow.tensor)
-
-    def _aligned(self, flows: Sequence[Scaled]) -> tuple[list[Tensor], Tensor]:
-        if len(flows) == 1:
-            return [flows[0].tensor], flows[0].exponent
-        top = torch.stack([flow.exponent for flow in flows]).amax(0)
-        return [self._shifted(flow, top) for flow in flows], top
-
-    def _normalised(self, tensor: Tensor, exponent: Tensor) -> Scaled:
-        """The same numbers with a maximum in [1/2, 1); a flow of zeros never sets the exponent of a sum."""
-        if tensor.numel() == 0:
-            return Scaled(tensor, exponent)
-        peak = self._peak(tensor.reshape(self.members, -1))
-        shift = torch.frexp(peak).exponent.to(torch.int64)
-        scaled = tensor * self._by(power_of_two(-shift, self.dtype), tensor)
-        return Scaled(scaled, torch.where(peak > 0, exponent + shift, NOTHING))
-
-    @staticmethod
-    def _peak(rows: Tensor) -> Tensor:
-        """The largest magnitude of each row: path flow is never negative."""
-        return rows.amax(1)
 
     def _mapped(self, function: Callable[..., Tensor], tensors: Sequence[Tensor]) -> Tensor:
         """A function of traced shapes, over members and sources."""
@@ -297,7 +265,13 @@ class PathFlow:
     def _forward_product(self, k: int, node: kinds.Product, entering: list[Scaled]) -> Scaled:
         left, right = entering
         self._saved[k] = (left, right)
-        return self._normalised(left.tensor * right.tensor, left.exponent + right.exponent)
+        return self._normalised(self._mapped(node.apply, [left.tensor, right.tensor]), left.exponent + right.exponent)
+
+    def _forward_softmax(self, k: int, node: kinds.Softmax, entering: list[Scaled]) -> Scaled:
+        weights = self._fixed[k]
+        assert weights is not None
+        self._saved[k] = entering[0]
+        return Scaled(weights.expand(entering[0].tensor.shape), self._zero_exponent())
 
     def _forward_synapse(self, k: int, node: Synapse, entering: list[Scaled]) -> Scaled:
         x, weight = entering[0], self.weights[node.weight]
@@ -314,7 +288,7 @@ class PathFlow:
 
     def _rows(self, x: Tensor, node: Synapse) -> tuple[Tensor, Tensor | None]:
         """The flow as [G, T, in]: positions and sources as rows; equal rows of a linear layer are merged."""
-        if node.form == "rows":  # [1, groups, positions, in * kernel] made by the patch wire
+        if node.form in GROUPED:  # [1, groups, positions, in] made by the wire before
             lead = len(self._lead())
             if not lead:
                 return x[0], None
@@ -328,7 +302,7 @@ class PathFlow:
 
     def _unrowed(self, y: Tensor, merged: Tensor | None, x: Tensor, node: Synapse) -> Tensor:
         """[G, T, out] back to the node's shape."""
-        if node.form == "rows":
+        if node.form in GROUPED:
             if not self.batched:
                 return y[None]
             y = y.unflatten(0, (self.members, node.groups)).unflatten(2, (self.sources, -1))
@@ -424,19 +398,37 @@ class PathFlow:
         return [g if s == g.tensor.shape else replace(g, tensor=g.tensor.sum_to_size(s)) for s in shapes]
 
     def _backward_product(self, k: int, node: Node, g: Scaled, guess: Bracket | None) -> list[Scaled]:
+        """A share to each factor; attention weights whose similarity is zero leave theirs to the values."""
+        assert isinstance(node, kinds.Product)
         left, right = self._saved.pop(k)
+        share, rest = 0.5, left.tensor * 0.5
+        if isinstance(self.network.nodes[node.inputs[0]], kinds.Softmax):
+            share = SHARES[self.policy.attention]
+            rest = left.tensor * (1 - share * (self._saved[node.inputs[0]].tensor > 0).to(self.dtype))
         inward = []
-        for mine, other in enumerate((right, left)):
-            half = Scaled(g.tensor * other.tensor * 0.5, g.exponent + other.exponent)
-            inward.append(self._to_input(k, self._normalised(half.tensor, half.exponent), mine))
+        for slot, (own, held, factor) in enumerate(((left, right.tensor * share, right), (right, rest, left))):
+            with torch.enable_grad():
+                leaf = own.tensor.detach().requires_grad_()
+                made = self._mapped(node.apply, [leaf, held] if slot == 0 else [held, leaf])
+            (part,) = torch.autograd.grad(made, leaf, g.tensor)
+            inward.append(self._normalised(part, g.exponent + factor.exponent))
         return inward
+
+    def _backward_softmax(self, k: int, node: Node, g: Scaled, guess: Bracket | None) -> list[Scaled]:
+        similar, weights = self._saved.pop(k), self._fixed[k]
+        assert weights is not None
+        flow = g.tensor.double() * weights.double()  # what passes each pair of positions
+        ratio = torch.where(similar.tensor > 0, flow / similar.tensor.double(), 0.0)
+        top = torch.frexp(ratio.reshape(self.members, -1).amax(1)).exponent.to(torch.int64)
+        ratio = ratio * self._by(power_of_two(-top, torch.float64), ratio)
+        return [self._normalised(ratio.to(self.dtype), g.exponent + top - similar.exponent)]
 
     def _backward_synapse(self, k: int, node: Synapse, g: Scaled, guess: Bracket | None) -> list[Scaled]:
         weight = self.weights[node.weight]
         if node.form.startswith("conv"):
             return [self._backward_conv(k, node, g, weight)]
         x, merged, shape = self._saved.pop(k)
-        if node.form == "rows":
+        if node.form in GROUPED:
             rows, _ = self._rows(g.tensor, node)
             inward = weight.backward_rows(x, replace(g, tensor=rows), guess, self.scored)
             return [self._normalised(self._unrowed(inward, None, inward, node), g.exponent)]
@@ -474,6 +466,13 @@ class PathFlow:
         if wants_scores:
             weight.write_scores(found.pop(0).contiguous(), x.exponent + g.exponent)
         return self._normalised(inward, g.exponent)
+
+
+def _attended(node: kinds.Softmax, tensors: kinds.Tensors) -> Tensor:
+    """What attention attends with where similarities are zero; nothing below what float32 can tell from zero."""
+    added = node.added(tensors).double()
+    weights = added.softmax(node.dim).nan_to_num(0.0)  # a row that may attend to nothing
+    return torch.where(weights > 2.0**-126, weights, 0.0)
 
 
 def _turned(node: Synapse, weight: Weight) -> bool:

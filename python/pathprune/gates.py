@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from .batches import Batch
 from .flow import PathFlow, geometry_of, largest_magnitude
 from .network import PathNetwork
-from .nodes import Expression, Gate, Node, Norm, Pool, Product, Synapse
+from .nodes import Expression, Gate, Input, Node, Norm, Pool, Product, Softmax, Synapse
 from .ops import WeightMap
 from .policy import Policy
 from .pruned_convolution import counting_convolution, pruned_convolution
@@ -64,6 +64,10 @@ def record(network: PathNetwork, batch: Batch, weights: Mapping[str, Tensor], wh
     forward = network.forward
     if forward is None:
         raise ValueError(f"{who}: model: wanted one that was read from a module, got a PathNetwork made by hand")
+    for k in network.alive:
+        node = network.nodes[k]
+        if isinstance(node, (Softmax, Input)) and (isinstance(node, Softmax) or node.where.endswith("(embedding)")):
+            raise ValueError(f"{who}: model: wanted one without attention or embeddings, got {node.where}")
     for k in network.gates:
         node = network.nodes[k]
         if isinstance(node, Gate) and node.name in _SHIFTED:
@@ -208,9 +212,9 @@ class GatedFlow(PathFlow):
     def _peak(self, rows: Tensor) -> Tensor:  # type: ignore[override]
         return largest_magnitude(rows) if self.any_sign else super()._peak(rows)
 
-    def _powered(self, node: Node, expression: Expression) -> Tensor:
+    def _powered(self, node: Node, expression: Expression, keeps_zeros: bool = False) -> Tensor:
         if not self.signed:
-            return super()._powered(node, expression)
+            return super()._powered(node, expression, keeps_zeros)
         with torch.no_grad():
             return expression(self.network.tensors).detach().to(self.device, self.dtype)
 

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from .exporting import canonical_names
 from .network import PathNetwork
-from .tracer import canonical_names
 
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 

@@ -185,10 +185,11 @@ def _layer(weight: Weight, node: Synapse, words: Tensor) -> LayerReach:
     grouped = words.reshape(node.groups, -1, words.shape[-1])
     rows = (grouped != 0).any(-1)  # [groups, rows]
     columns = ops.mask_unpack(_any_row(grouped), weight.columns)  # [groups, 1, columns]
-    columns = columns.reshape(node.groups, weight.shape[1], -1).any(-1)
+    units = weight.shape[-1] if node.form.startswith("experts") else weight.shape[1]
+    columns = columns.reshape(node.groups, units, -1).any(-1)
     outputs, inputs = (columns, rows) if weight.transposed else (rows, columns)
-    units = (int(inputs.sum()), inputs.numel(), int(outputs.sum()), outputs.numel())
-    return LayerReach(int(ops.mask_count(words)), *units)
+    counts = (int(inputs.sum()), inputs.numel(), int(outputs.sum()), outputs.numel())
+    return LayerReach(int(ops.mask_count(words)), *counts)
 
 
 def _any_row(words: Tensor) -> Tensor:

@@ -10,17 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from .exporting import UnsupportedModelError, canonical_names, export, module_path, operator_name
 from .nodes import Constant, Gate, Input, Node, Scale, Shift, Sum, Synapse, Wire
-from .tracer import (
-    Forward,
-    Tracer,
-    UnsupportedModelError,
-    canonical_names,
-    export,
-    module_path,
-    operator_name,
-    rule_of,
-)
+from .tracer import Forward, Tracer, rule_of
 
 __all__ = ["PathNetwork", "SupportReport", "UnsupportedModelError"]
 
@@ -95,6 +87,7 @@ class PathNetwork:
         """Every operator of the model, its rule or none, and the modules it comes from. Raises only if export fails."""
         rows: dict[str, tuple[str, list[str]]] = {}
         program = export(model, example_input)
+        flows = _reads_flow(program)
         for node in program.graph.nodes:
             schema = getattr(node.target, "_schema", None)
             known = isinstance(node.target, (torch._ops.OpOverload, torch._ops.HigherOrderOperator))
@@ -102,7 +95,7 @@ class PathNetwork:
                 continue
             name = operator_name(node)
             function = rule_of(name)
-            if function is None and not _reads_input(program, node):
+            if function is None and node not in flows:
                 continue
             rows.setdefault(name, (_rule_name(function), []))[1].append(module_path(node))
         return SupportReport(type(model).__name__, rows)
@@ -298,23 +291,26 @@ class SupportReport:
 def _rule_name(function: Callable[..., Any] | None) -> str:
     if function is None:
         return "none"
-    name = function.__name__.lstrip("_")
-    return "none" if name == "attention" else name
+    return function.__name__.lstrip("_")
 
 
-def _reads_input(program: torch.export.ExportedProgram, node: fx.Node) -> bool:
-    """Whether a node depends on a model input at all."""
+def _reads_flow(program: torch.export.ExportedProgram) -> set[fx.Node]:
+    """The nodes that depend on a floating-point input of the model, or on what an embedding makes of others."""
     inputs = set(program.graph_signature.user_inputs)
-    seen: set[fx.Node] = set()
-    stack = [node]
-    while stack:
-        current = stack.pop()
-        if current.name in inputs:
-            return True
-        if current not in seen:
-            seen.add(current)
-            stack.extend(current.all_input_nodes)
-    return False
+    chosen: set[fx.Node] = set()  # what integer inputs give
+    found: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        if node.op == "placeholder" and node.name in inputs:
+            value = node.meta.get("val")
+            (found if isinstance(value, Tensor) and value.is_floating_point() else chosen).add(node)
+        elif node.op == "call_function":
+            read = set(node.all_input_nodes)
+            is_source = operator_name(node) == "embedding" and read & chosen
+            if is_source or read & found:
+                found.add(node)
+            elif read & chosen:
+                chosen.add(node)
+    return found
 
 
 def _weight_names(model: nn.Module) -> list[str]:

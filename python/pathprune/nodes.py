@@ -45,7 +45,8 @@ class Constant(Node):
 class Synapse(Node):
     """A weight tensor that multiplies the flow.
 
-    ``form``: ``linear`` ([out, in]), ``linear_t`` ([in, out], Hugging Face Conv1D), ``conv``, ``conv_transpose``, or
+    ``form``: ``linear`` ([out, in]), ``linear_t`` ([in, out], Hugging Face Conv1D), ``conv``, ``conv_transpose``,
+    ``experts`` ([experts, out, in]) and ``experts_t`` ([experts, in, out]) over a flow [1, experts, rows, in], or
     ``rows``: a convolution's weight read as [groups, out, in * kernel], its patches gathered by the wire before it.
     """
 
@@ -138,5 +139,20 @@ class Sum(Node):
 class Product(Node):
     """A product of two flows, each seeing the other held fixed, half to each: ``(a [b] + [a] b) / 2``.
 
-    So both factors are scored and the flow is conserved.
+    So both factors are scored and the flow is conserved. ``apply`` is the bilinear map: elementwise, or a matrix
+    product. Where the first factor is a :class:`Softmax` of a policy's choice, that one says who gets what.
     """
+
+    apply: Callable[[Tensor, Tensor], Tensor] = field(default=torch.mul, kw_only=True)
+
+
+@dataclass(frozen=True)
+class Softmax(Node):
+    """Attention weights: similarities S become ``P = S [P0 / S]``, with P0 what the model attends with where S is zero.
+
+    P0 is the softmax over ``dim`` of all that is added to S, ``added``: uniform where nothing is, zero where a mask
+    forbids, as position biases have it elsewhere. ``|P0|^power``.
+    """
+
+    added: Expression = field(kw_only=True)
+    dim: int = field(kw_only=True)

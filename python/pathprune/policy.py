@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+SHARES = {"half": 1 / 2, "budget": 2 / 3, "values": 0.0}
+"""By choice of ``Policy.attention``: what part of the flow goes to the attention weights, half of it to queries."""
+
 
 @dataclass(frozen=True)
 class Policy:
@@ -14,12 +17,16 @@ class Policy:
         batch_norm: ``affine`` (frozen, ``(|gamma| / sqrt(var + eps))^p``, its shift a bias) or ``identity``.
         max_pool: ``winner`` (first index on ties) or ``sum`` over the window.
         norm: norms without running statistics: ``flow`` (divide by the RMS of the flow, held fixed) or ``unit``.
+        attention: how the flow through ``softmax(q k') v`` is shared among values, queries and keys: ``half`` (the
+            product of two flows, twice: 1/2, 1/4, 1/4), ``budget`` (queries and keys as much as values: 1/3 each) or
+            ``values`` (1, 0, 0: queries and keys score nothing and are the first to go; ``exclude`` keeps them).
     """
 
     biases: str = "flow"
     batch_norm: str = "affine"
     max_pool: str = "winner"
     norm: str = "flow"
+    attention: str = "half"
 
     def __post_init__(self) -> None:
         allowed = {
@@ -27,6 +34,7 @@ class Policy:
             "batch_norm": ("affine", "identity"),
             "max_pool": ("winner", "sum"),
             "norm": ("flow", "unit"),
+            "attention": tuple(SHARES),
         }
         for name, values in allowed.items():
             if getattr(self, name) not in values:

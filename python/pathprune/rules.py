@@ -17,7 +17,6 @@ from .nodes import (
     Expression,
     Gate,
     Input,
-    Norm,
     Pool,
     Product,
     Reduce,
@@ -25,7 +24,6 @@ from .nodes import (
     Shift,
     Sum,
     Synapse,
-    Tensors,
     Wire,
 )
 
@@ -59,26 +57,26 @@ def _tuple(value: Any, n: int) -> tuple[int, ...]:
     return values * n if len(values) == 1 else values
 
 
-def _weighted(t: Tracer, node: fx.Node, flow: int, weight: str, bias: Any, channel_dim: int, **options: Any) -> int:
+def weighted(t: Tracer, node: fx.Node, flow: int, weight: str, bias: Any, channel_dim: int, **options: Any) -> int:
     """A synapse, and its bias as a shift along ``channel_dim``."""
     shape = t.net.tensors[weight].shape
     if options["form"].startswith("linear") and len(shape) != 2:
         raise RuleError(f"wanted a matrix as the weight, got shape {tuple(shape)}")
     index = t.add(Synapse((flow,), t.shape(node), weight=weight, **options), node)
-    return _shifted(t, node, index, bias, channel_dim)
+    return shifted(t, node, index, bias, channel_dim)
 
 
-def _along(expression: Expression, dims: int, channel_dim: int) -> Expression:
+def along(expression: Expression, dims: int, channel_dim: int) -> Expression:
     """The expression, its single axis laid along ``channel_dim`` of a tensor with ``dims`` axes."""
     shape = [1] * dims
     shape[channel_dim] = -1
     return lambda tensors: expression(tensors).reshape(shape)
 
 
-def _shifted(t: Tracer, node: fx.Node, index: int, bias: Any, channel_dim: int, kind: str = "bias") -> int:
+def shifted(t: Tracer, node: fx.Node, index: int, bias: Any, channel_dim: int, kind: str = "bias") -> int:
     if bias is None:
         return index
-    value = _along(t.constant(bias), len(t.shape(node)), channel_dim)
+    value = along(t.constant(bias), len(t.shape(node)), channel_dim)
     return t.add(Shift((index,), t.shape(node), value=value, kind=kind), node)
 
 
@@ -86,7 +84,7 @@ def _shifted(t: Tracer, node: fx.Node, index: int, bias: Any, channel_dim: int, 
 def _linear(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
     name, transposed = t.weight_or_transpose(a["weight"])
     form = "linear_t" if transposed else "linear"
-    return _weighted(t, node, t.flow(a["input"]), name, a["bias"], -1, form=form)
+    return weighted(t, node, t.flow(a["input"]), name, a["bias"], -1, form=form)
 
 
 @rule("addmm")
@@ -98,16 +96,17 @@ def _addmm(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
 
 @rule("mm", "matmul")
 def _matmul(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
-    return _matrix_product(t, node, a["self"], a["mat2"] if "mat2" in a else a["other"], None)
+    left, right = a["self"], a["mat2"] if "mat2" in a else a["other"]
+    if t.is_flow(left) and t.is_flow(right):
+        return t.add(Product((t.flow(left), t.flow(right)), t.shape(node), apply=torch.matmul), node)
+    return _matrix_product(t, node, left, right, None)
 
 
 def _matrix_product(t: Tracer, node: fx.Node, left: Any, right: Any, bias: Any) -> int:
-    if t.is_flow(left) and t.is_flow(right):
-        raise RuleError("a product of two flows by matmul (attention) is not supported yet")
     if not t.is_flow(left):
         raise RuleError("a constant matrix times a flow")
     name, transposed = t.weight_or_transpose(right)
-    return _weighted(t, node, t.flow(left), name, bias, -1, form="linear" if transposed else "linear_t")
+    return weighted(t, node, t.flow(left), name, bias, -1, form="linear" if transposed else "linear_t")
 
 
 @rule("conv1d", "conv2d", "conv3d")
@@ -126,7 +125,7 @@ def _conv(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
             flow = _padded(t, node, flow, [amount % 2 for amount in total])
         padding = [amount // 2 for amount in total]
     options = {"stride": _tuple(a["stride"], n), "padding": _tuple(padding, n), "dilation": dilation}
-    return _weighted(t, node, flow, weight, a["bias"], -1 - n, form="conv", groups=a["groups"], **options)
+    return weighted(t, node, flow, weight, a["bias"], -1 - n, form="conv", groups=a["groups"], **options)
 
 
 def _padded(t: Tracer, node: fx.Node, flow: int, far: Sequence[int]) -> int:
@@ -144,84 +143,16 @@ def _conv_transpose(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
     n = len(t.net.tensors[weight].shape) - 2
     options = {key: _tuple(a[key], n) for key in ("stride", "padding", "dilation", "output_padding")}
     options["groups"] = a["groups"]
-    return _weighted(t, node, t.flow(a["input"]), weight, a["bias"], -1 - n, form="conv_transpose", **options)
+    return weighted(t, node, t.flow(a["input"]), weight, a["bias"], -1 - n, form="conv_transpose", **options)
 
 
 @rule("embedding")
-def _embedding(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
+def _embedding(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int | None:
+    """A source of flow, where the model's input chooses the rows; rows chosen by position are constants."""
     t.weight(a["weight"], prunable=False)
+    if not t.reads_input(a["indices"]):
+        return None
     return t.add(Input((), t.shape(node), name=node.name), node)
-
-
-# ------------------------------------------------------------------------------------------------------- norms
-
-
-@rule("batch_norm")
-def _batch_norm(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
-    if a.get("training") or a["running_mean"] is None or a["running_var"] is None:
-        return _norm(t, node, a, dims=_all_but_channel(t, node), weight_dim=1)
-    mean, variance, eps = t.constant(a["running_mean"]), t.constant(a["running_var"]), a["eps"]
-    gamma = t.constant(a["weight"]) if a["weight"] is not None else None
-    beta = t.constant(a["bias"]) if a["bias"] is not None else None
-
-    def factor(tensors: Tensors) -> Tensor:
-        inverse = torch.rsqrt(variance(tensors).double() + eps)
-        return inverse if gamma is None else gamma(tensors).double() * inverse
-
-    def shift(tensors: Tensors) -> Tensor:
-        moved = -mean(tensors).double() * factor(tensors)
-        return moved if beta is None else beta(tensors).double() + moved
-
-    dims = len(t.shape(node))
-    scale = Scale((t.flow(a["input"]),), t.shape(node), factor=_along(factor, dims, 1), kind="batch_norm")
-    index = t.add(scale, node)
-    return t.add(Shift((index,), t.shape(node), value=_along(shift, dims, 1), kind="batch_norm"), node)
-
-
-def _all_but_channel(t: Tracer, node: fx.Node) -> tuple[int, ...]:
-    return tuple(range(2, len(t.shape(node))))
-
-
-def _norm(
-    t: Tracer,
-    node: fx.Node,
-    a: dict[str, Any],
-    dims: tuple[int, ...],
-    weight_dim: int | None,
-    groups: int = 0,
-) -> int:
-    """Divide by the RMS of the entering flow over ``dims``, then the affine part (along one axis, or the last ones)."""
-    index = t.add(Norm((t.flow(a["input"]),), t.shape(node), dims=dims, groups=groups), node)
-    n = len(t.shape(node))
-    for kind, value in (("scale", a.get("weight")), ("shift", a.get("bias"))):
-        if value is None:
-            continue
-        expression = t.constant(value)
-        if weight_dim is not None:
-            expression = _along(expression, n, weight_dim)
-        if kind == "scale":
-            index = t.add(Scale((index,), t.shape(node), factor=expression), node)
-        else:
-            index = t.add(Shift((index,), t.shape(node), value=expression), node)
-    return index
-
-
-@rule("layer_norm", "rms_norm")
-def _layer_norm(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
-    n = len(t.shape(node))
-    return _norm(t, node, a, dims=tuple(range(n - len(a["normalized_shape"]), n)), weight_dim=None)
-
-
-@rule("group_norm")
-def _group_norm(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
-    return _norm(t, node, a, dims=tuple(range(1, len(t.shape(node)))), weight_dim=1, groups=a["num_groups"])
-
-
-@rule("instance_norm")
-def _instance_norm(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
-    if not a["use_input_stats"]:
-        return _batch_norm(t, node, a)
-    return _norm(t, node, a, dims=_all_but_channel(t, node), weight_dim=1)
 
 
 # ------------------------------------------------------------------------------------------------------- gates
@@ -236,10 +167,13 @@ def _gate(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
     return t.add(Gate((t.flow(next(iter(a.values()))),), t.shape(node), name=t.operator(node)), node)
 
 
-@rule(
+IDENTITIES = (
     *("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "contiguous", "clone", "alias"),
     *("detach", "to", "_to_copy", "type_as", "lift_fresh_copy", "neg", "positive"),
 )
+
+
+@rule(*IDENTITIES)
 def _identity(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
     return t.flow(next(iter(a.values())))
 
@@ -316,8 +250,14 @@ def _reduce(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
 # ------------------------------------------------------------------------------------------------------- wires
 
 
+@rule("flatten", "reshape", "view", "_unsafe_view", "unflatten")
+def _reshape(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
+    shape = t.shape(node)
+    return t.add(Wire((t.flow(a["self"]),), shape, apply=lambda xs, p: xs[0].reshape(shape)), node)
+
+
 @rule(
-    *("flatten", "reshape", "view", "_unsafe_view", "unflatten", "permute", "transpose", "t", "mT"),
+    *("permute", "transpose", "t", "mT"),
     *("numpy_T", "movedim", "swapaxes", "squeeze", "unsqueeze", "slice", "select", "narrow", "index"),
     *("index_select", "expand", "repeat", "repeat_interleave", "roll", "flip", "unfold"),
     *("pixel_shuffle", "pixel_unshuffle", "channel_shuffle"),
@@ -348,14 +288,15 @@ def _split(t: Tracer, node: fx.Node, a: dict[str, Any]) -> list[int]:
 
 @rule("cat", "concat", "stack")
 def _cat(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
-    flows = tuple(t.flow(part) if t.is_flow(part) else _constant(t, node, part) for part in a["tensors"])
+    flows = tuple(t.flow(part) if t.is_flow(part) else constant_flow(t, node, part) for part in a["tensors"])
     join = torch.stack if t.operator(node) == "stack" else torch.cat
     dim = a["dim"]
     concat_dim = dim % len(t.shape(node)) if join is torch.cat else None
     return t.add(Wire(flows, t.shape(node), apply=lambda xs, p: join(list(xs), dim), concat_dim=concat_dim), node)
 
 
-def _constant(t: Tracer, node: fx.Node, part: fx.Node) -> int:
+def constant_flow(t: Tracer, node: fx.Node, part: fx.Node) -> int:
+    """A constant of the model, at which paths begin where biases flow."""
     return t.add(Constant((), t.shape(part), value=t.constant(part)), node)
 
 
@@ -409,12 +350,14 @@ def _power(entries: Tensor, power: float) -> Tensor:
 # -------------------------------------------------------------------------------------------------- arithmetic
 
 
-def _scaled(t: Tracer, node: fx.Node, flow: int, factor: Expression) -> int:
+def scaled(t: Tracer, node: fx.Node, flow: int, factor: Expression) -> int:
     return t.add(Scale((flow,), t.shape(node), factor=factor), node)
 
 
 @rule("add", "sub", "rsub")
 def _add(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
+    if t.operator(node) == "sub" and _is_mean_of(t, a["other"], a["self"]):
+        return t.flow(a["self"])  # centring is dropped
     factors = (1, a["alpha"]) if t.operator(node) != "rsub" else (a["alpha"], 1)
     flows, value = [], None
     for term, factor in zip((a["self"], a["other"]), factors, strict=True):
@@ -430,6 +373,13 @@ def _add(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
     return t.add(Shift(tuple(flows), t.shape(node), value=value), node)
 
 
+def _is_mean_of(t: Tracer, mean: Any, value: Any) -> bool:
+    if not (t.is_flow(mean) and t.is_flow(value)):
+        return False
+    node = t.net.nodes[t.flow(mean)]
+    return isinstance(node, Reduce) and node.kind == "mean" and node.keepdim and node.inputs == (t.flow(value),)
+
+
 def _times(expression: Expression, factor: float) -> Expression:
     return expression if factor == 1 else lambda tensors: expression(tensors) * factor
 
@@ -438,10 +388,35 @@ def _times(expression: Expression, factor: float) -> Expression:
 def _mul(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
     left, right = a["self"], a["other"]
     if t.is_flow(left) and t.is_flow(right):
-        return t.add(Product((t.flow(left), t.flow(right)), t.shape(node)), node)
+        flows = (t.flow(left), t.flow(right))
+        (first, gated), (second, gated_too) = (_origin(t, flow) for flow in flows)
+        if first == second and (gated or gated_too):  # x times a function of x: an activation, written out
+            return t.add(Gate((first,), t.shape(node), name="self_gate"), node)
+        return t.add(Product(flows, t.shape(node)), node)
     if not t.is_flow(left):
         left, right = right, left
-    return _scaled(t, node, t.flow(left), t.constant(right))
+    return scaled(t, node, t.flow(left), t.constant(right))
+
+
+def _origin(t: Tracer, index: int) -> tuple[int, bool]:
+    """The flow that a value is an elementwise function of, and whether an activation lies between."""
+    gated = False
+    while True:
+        node = t.net.nodes[index]
+        if isinstance(node, Sum):
+            found = [_origin(t, i) for i in node.inputs]
+            if any(origin != found[0][0] for origin, _ in found):
+                return index, gated
+            index, gated = found[0][0], gated or any(g for _, g in found)
+        elif isinstance(node, Gate) or (isinstance(node, (Scale, Shift)) and _is_one_number(t, node)):
+            index, gated = node.inputs[0], gated or isinstance(node, Gate)
+        else:
+            return index, gated
+
+
+def _is_one_number(t: Tracer, node: Scale | Shift) -> bool:
+    value = (node.factor if isinstance(node, Scale) else node.value)(t.net.tensors)
+    return value.numel() == 1 and node.shape == t.net.nodes[node.inputs[0]].shape
 
 
 @rule("glu")
@@ -459,9 +434,4 @@ def _div(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
     if not t.is_flow(a["self"]) or t.is_flow(a["other"]):
         raise RuleError("a division by a flow")
     divisor = t.constant(a["other"])
-    return _scaled(t, node, t.flow(a["self"]), lambda tensors: 1.0 / divisor(tensors))
-
-
-@rule("scaled_dot_product_attention", "softmax", "bmm", "einsum", "multi_head_attention_forward", "_softmax")
-def _attention(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
-    raise RuleError("attention is not supported yet")
+    return scaled(t, node, t.flow(a["self"]), lambda tensors: 1.0 / divisor(tensors))

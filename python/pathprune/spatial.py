@@ -160,7 +160,11 @@ class _Merger:
     def _gate(self, node: Node, entering: list[_Merged]) -> _Merged:
         return self._pointwise(node, entering)
 
-    _sum = _product = _gate
+    _sum = _gate
+    _softmax = _unmerged
+
+    def _product(self, node: kinds.Product, entering: list[_Merged]) -> _Merged:
+        return self._pointwise(node, entering) if node.apply is torch.mul else self._unmerged(node, entering)
 
     def _wire(self, node: kinds.Wire, entering: list[_Merged]) -> _Merged:
         return self._pointwise(node, entering) if node.concat_dim == 1 else self._unmerged(node, entering)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import operator as python_operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
+from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves, tree_unflatten
 
+from . import attention_rules  # noqa: F401 (enters its rules into the table)
+from .exporting import UnsupportedModelError, module_path, operator_name
 from .nodes import Expression, Gate, Input, Node, Pool, Tensors, WireMap
+from .norm_rules import Moment, through_moment
 from .rules import RULES, RuleError
 
 if TYPE_CHECKING:
@@ -37,10 +39,6 @@ class Forward:
     keywords: tuple[str, ...]
 
 
-class UnsupportedModelError(ValueError):
-    """The model cannot be read as a path network; the message names module, operator and rule to add."""
-
-
 class Tracer:
     """Walks an exported graph and lets the rules add nodes to ``net``.
 
@@ -52,9 +50,12 @@ class Tracer:
     def __init__(self, net: PathNetwork, program: torch.export.ExportedProgram, canonical: Mapping[str, str]) -> None:
         self.net = net
         self.graph = program.graph
+        self._outputs = program.call_spec.out_spec
         self._flows: dict[fx.Node, Any] = {}  # fx node -> node index, or list of them
         self._names: dict[fx.Node, str] = {}  # fx placeholder -> tensor name
         self._literals: dict[fx.Node, Tensor] = {}  # integer and boolean model inputs, lifted constants
+        self._reads_input: dict[fx.Node, bool] = {}
+        self._asked: set[fx.Node] = set()  # placeholders that are the model's own inputs
         self._position = {node: k for k, node in enumerate(self.graph.nodes)}
         specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs if hasattr(spec.arg, "name")}
         examples = iter(tree_leaves(program.example_inputs))
@@ -63,6 +64,7 @@ class Tracer:
                 continue
             spec = specs[node.name]
             if spec.kind == _USER_INPUT:
+                self._asked.add(node)
                 self._enter_input(node, next(examples))
             elif spec.target in canonical:
                 self._names[node] = canonical[spec.target]
@@ -70,7 +72,7 @@ class Tracer:
                 self._literals[node] = program.constants[spec.target]
 
         feeds = [self._names.get(n, self._literals.get(n)) for n in self.graph.nodes if n.op == "placeholder"]
-        asked = [specs[n.name].kind == _USER_INPUT for n in self.graph.nodes if n.op == "placeholder"]
+        asked = [n in self._asked for n in self.graph.nodes if n.op == "placeholder"]
         net.forward = Forward(
             program.graph_module,
             tuple(None if own else feed for own, feed in zip(asked, feeds, strict=True)),
@@ -91,17 +93,27 @@ class Tracer:
             if node.op == "call_function":
                 self._explain(node)
             elif node.op == "output":
-                leaves = [a for a in tree_leaves(node.args) if isinstance(a, fx.Node)]
-                flows = [self._flows[a] for a in leaves if a in self._flows]
+                leaves = [a for a in self._chosen(tree_leaves(node.args)) if isinstance(a, fx.Node)]
+                flows = [self.flow(a) for a in leaves if a in self._flows]
                 if not flows:
                     raise UnsupportedModelError("no output of the model depends on a floating-point input")
                 self.net.outputs = tuple(flows)
+
+    def _chosen(self, leaves: list[Any]) -> list[Any]:
+        """The logits, where the outputs have names and some are called so; else all."""
+        if self._outputs is None or self._outputs.num_leaves != len(leaves):
+            return leaves
+        named = tree_unflatten(leaves, self._outputs)
+        logits = [value for key, value in named.items() if "logits" in str(key)] if isinstance(named, Mapping) else []
+        return tree_leaves(logits) or leaves
 
     def _explain(self, node: fx.Node) -> None:
         if node.target is python_operator.getitem:
             source, index = cast("tuple[fx.Node, int]", node.args)
             part = self._flows[source][index] if source in self._flows else None
-            if part is not None:
+            if isinstance(part, Tensor):  # what data would have chosen
+                self._literals[node] = part
+            elif part is not None:
                 self._flows[node] = part
             return
         name, schema = self.operator(node), getattr(node.target, "_schema", None)
@@ -114,7 +126,13 @@ class Tracer:
                 return  # a constant, evaluated when a rule asks for it; or an assertion
             if schema is None or name not in RULES:
                 raise RuleError("no rule for this operator")
-            self._flows[node] = RULES[name](self, node, self._bind(node))
+            bound, found = self._bind(node), None
+            if any(self.moment(argument) is not None for argument in node.all_input_nodes):
+                found = through_moment(self, node, bound)
+            found = RULES[name](self, node, bound) if found is None else found
+            if found is None:
+                return
+            self._flows[node] = found
             for k in range(before, len(self.net.nodes)):
                 made = self.net.nodes[k]
                 if isinstance(made, Gate) or (isinstance(made, Pool) and made.kind == "max"):
@@ -149,9 +167,25 @@ class Tracer:
         if not self.is_flow(value):
             raise RuleError("expects a value that depends on the model's input")
         index = self._flows[value]
+        if isinstance(index, Moment):
+            return index.as_flow(self)
         if not isinstance(index, int):
             raise RuleError("a value with several parts is used as one")
         return index
+
+    def moment(self, value: Any) -> Moment | None:
+        """The size of a flow that ``value`` is, if it is one."""
+        found = self._flows.get(value) if isinstance(value, fx.Node) else None
+        return found if isinstance(found, Moment) else None
+
+    def reads_input(self, value: Any) -> bool:
+        """Whether a value depends on any input of the model, integers included."""
+        if not isinstance(value, fx.Node):
+            return False
+        if value not in self._reads_input:
+            is_input = value.op == "placeholder" and value in self._asked
+            self._reads_input[value] = is_input or any(self.reads_input(a) for a in value.all_input_nodes)
+        return self._reads_input[value]
 
     def weight(self, value: Any, prunable: bool = True) -> str:
         """The name of the parameter that ``value`` is; registers it with the network."""
@@ -174,8 +208,16 @@ class Tracer:
                 return self.weight(source), axes[0] % 2 != axes[1] % 2
         return self.weight(value), False
 
-    def constant(self, value: Any) -> Expression:
-        """``value`` as a function of the model's tensors."""
+    def constant(self, value: Any, zero: fx.Node | None = None, through: Container[fx.Node] = ()) -> Expression:
+        """``value`` as a function of the model's tensors.
+
+        Args:
+            zero: a flow that counts as zeros.
+            through: flows that are computed from it.
+        """
+        if value is zero and isinstance(value, fx.Node):
+            zeros = torch.zeros(self.shape(value))
+            return lambda tensors: zeros
         if not isinstance(value, fx.Node):
             number = torch.tensor(float(value), dtype=torch.float64)
             return lambda tensors: number
@@ -186,11 +228,11 @@ class Tracer:
         if value in self._literals:
             literal = self._literals[value]
             return lambda tensors: literal
-        if value.op != "call_function" or value in self._flows:
+        if value.op != "call_function" or (value in self._flows and value not in through):
             raise RuleError(f"expects a constant, got {value.name}")
         if _draws(value):
             raise RuleError(f"a constant that is random ({self.operator(value)})")
-        flat = {a: self.constant(a) for a in value.all_input_nodes}
+        flat = {a: self.constant(a, zero, through) for a in value.all_input_nodes}
         changes = getattr(getattr(value.target, "_schema", None), "is_mutable", False)
 
         def evaluate(tensors: Tensors) -> Tensor:
@@ -265,10 +307,15 @@ def _located(node: Node, where: str) -> Node:
 
 def _memory(node: Any) -> Any:
     """The graph node whose memory ``node`` is, or is a view of."""
-    while isinstance(node, fx.Node) and node.op == "call_function":
-        returns = getattr(getattr(node.target, "_schema", None), "returns", [])
-        is_view = node.target is python_operator.getitem or (returns and returns[0].alias_info is not None)
-        if not is_view or not node.args:
+    while isinstance(node, fx.Node) and node.op == "call_function" and node.args:
+        if node.target is python_operator.getitem:
+            source, part = cast("tuple[fx.Node, int]", node.args)
+            returns = getattr(getattr(source.target, "_schema", None), "returns", [])
+            is_view = returns and returns[part if len(returns) > 1 else 0].alias_info is not None
+        else:
+            returns = getattr(getattr(node.target, "_schema", None), "returns", [])
+            is_view = returns and returns[0].alias_info is not None
+        if not is_view:
             break
         node = node.args[0]
     return node
@@ -278,105 +325,6 @@ def _draws(node: fx.Node) -> bool:
     """Whether an operator draws random numbers (dropout does not in eval mode)."""
     tags = getattr(node.target, "tags", ())
     return torch.Tag.nondeterministic_seeded in tags and RULES.get(operator_name(node)) is not RULES["dropout"]
-
-
-def operator_name(node: fx.Node) -> str:
-    """``aten.add_.Tensor`` -> ``add``."""
-    packet = getattr(node.target, "overloadpacket", node.target)
-    name = getattr(packet, "__name__", str(packet)).split(".")[-1]
-    return name.rstrip("_") if not name.startswith("__") else name
-
-
-def module_path(node: fx.Node) -> str:
-    """The qualified name of the module the operator was called in, and its class."""
-    stack = node.meta.get("nn_module_stack") or {}
-    if not stack:
-        return "the model itself"
-    path, kind = list(stack.values())[-1]
-    kind = kind if isinstance(kind, str) else kind.__name__
-    return f"'{path}' ({kind.rsplit('.', 1)[-1]})"
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for the time of the export, every module's own flag restored after, also on an exception."""
-    flags = [(module, module.training) for module in model.modules()]
-    try:
-        for module, _ in flags:
-            module.training = False
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training
-
-
-def export(model: nn.Module, example_input: Any) -> torch.export.ExportedProgram:
-    """``torch.export`` of the model in eval mode for one sample; mode, buffers, gradients and RNG state are untouched.
-
-    Raises:
-        UnsupportedModelError: the model has data-dependent control flow, or does not accept ``example_input``.
-    """
-    args, kwargs = one_sample(example_input)
-    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    try:
-        with torch.random.fork_rng(devices=devices), evaluating(model), torch.no_grad():
-            return torch.export.export(model, args, kwargs, strict=False)
-    except Exception as error:  # torch.export raises many types, user code any
-        summary = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        shapes = [tuple(a.shape) for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
-        raise UnsupportedModelError(
-            f"PathNetwork: {type(model).__name__} could not be exported with an example_input of shape(s) {shapes}: "
-            f"{type(error).__name__}: {summary}. The forward must accept example_input and must not branch on values "
-            "of tensors (torch.export)"
-        ) from error
-
-
-def one_sample(example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """``example_input`` (tensor, tuple, or kwargs dict) as args and kwargs, cut to batch size 1."""
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    if isinstance(example_input, Mapping):
-        args, kwargs = (), dict(example_input)
-    elif isinstance(example_input, Tensor):
-        args, kwargs = (example_input,), {}
-    elif isinstance(example_input, (tuple, list)):
-        args, kwargs = tuple(example_input), {}
-    else:
-        raise TypeError(f"example_input: wanted a tensor, tuple or dict of kwargs, got {type(example_input).__name__}")
-    tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
-    if not tensors:
-        raise ValueError("example_input: wanted at least one tensor, got none")
-    batch = tensors[0].shape[0] if tensors[0].dim() else None
-    if batch == 0:
-        raise ValueError(f"example_input: wanted at least one sample, got shape {tuple(tensors[0].shape)}")
-
-    def cut(a: Any) -> Any:
-        is_batched = isinstance(a, Tensor) and a.dim() > 0 and a.shape[0] == batch
-        return a[:1] if is_batched else a
-
-    return tuple(cut(a) for a in args), {key: cut(a) for key, a in kwargs.items()}
-
-
-def canonical_names(model: nn.Module) -> dict[str, str]:
-    """Every parameter and buffer name -> the name by which it is known: tied tensors are one, named first.
-
-    Tensors are tied when they are one object, or show the same memory in the same way.
-    """
-    first: dict[Any, str] = {}
-    names: dict[str, str] = {}
-    for tensors in (
-        model.named_parameters(remove_duplicate=False),
-        model.named_buffers(remove_duplicate=False),
-    ):
-        for name, tensor in tensors:
-            memory = (
-                tensor.untyped_storage().data_ptr(),
-                tensor.storage_offset(),
-                tensor.shape,
-                tensor.stride(),
-            )
-            names[name] = first.setdefault(memory if tensor.numel() else id(tensor), name)
-    return names
 
 
 def rule_of(name: str) -> Callable[..., Any] | None:

@@ -26,6 +26,7 @@ from .network import PathNetwork
 from .nodes import Synapse
 from .ops import WeightMap
 from .reference import map_weight
+from .scratch import Scratch
 from .select import Bracket, Collected, Scores, Threshold
 from .sparse_ops import Pattern, sparse_index, sparse_matmul, sparse_sample
 
@@ -48,19 +49,6 @@ def power_of_two(exponent: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype == torch.float64:
         return ((exponent.clamp(-1022, 1023) + 1023) << 52).view(torch.float64)
     return ((exponent.clamp(-126, 127) + 127).to(torch.int32) << 23).view(torch.float32)
-
-
-class Scratch:
-    """Memory for one gradient at a time: fresh pages would cost as much as the product that fills them."""
-
-    def __init__(self) -> None:
-        self._flat: Tensor | None = None
-
-    def like(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
-        """A contiguous tensor of that shape; what was in the last one is gone."""
-        if self._flat is None or self._flat.numel() < rows.numel() or self._flat.dtype != dtype:
-            self._flat = torch.empty(rows.numel(), dtype=dtype, device=rows.device)
-        return self._flat[: rows.numel()].view(rows.shape)
 
 
 class Weight:
@@ -100,8 +88,11 @@ class Weight:
         self.uses, self.scored, self.form = uses, scored, synapse.form
         self._pack_below = compact * tensor.numel()
         self.members = tensor.shape[0] if ensemble else 1
-        self.groups = self.members * (synapse.groups if synapse.form in ("conv", "rows") else 1)
+        is_grouped = synapse.form in ("conv", "rows", "experts", "experts_t")
+        self.groups = self.members * (synapse.groups if is_grouped else 1)
         rows = tensor.shape[1 if ensemble else 0] * self.members // self.groups
+        if synapse.form.startswith("experts"):
+            rows = tensor.shape[-2]
         self.dense: Tensor | None = tensor.detach().contiguous().reshape(self.groups, rows, -1)
         self.columns = self.dense.shape[-1] if self.dense.numel() else 0
         self.mask = None if mask is None else ops.mask_pack(mask.to(tensor.device).reshape(self.dense.shape))
@@ -118,7 +109,7 @@ class Weight:
     @property
     def transposed(self) -> bool:
         """Whether the flow enters at the rows of the stored tensor."""
-        return self.form in ("linear_t", "conv_transpose")
+        return self.form in ("linear_t", "conv_transpose", "experts_t")
 
     def _source(self, x: Tensor | None, g: Tensor | None, exponent: int) -> Scores:
         """The streamed scores made of flows at the columns (x) and at the rows (g)."""
@@ -143,7 +134,7 @@ class Weight:
             self.uses == 1
             and self.members == 1
             and positions <= STREAMED_POSITIONS
-            and self.form in ("linear", "linear_t", "rows")
+            and not self.form.startswith("conv")
         )
 
     def forward_rows(self, x: Tensor, turned: bool = False) -> Tensor:
@@ -279,10 +270,10 @@ class Weight:
         self._scores = None
         self.take_scores(scores, torch.zeros(self.members, dtype=torch.int64))
 
-    def score_by_itself(self) -> None:
-        """Scores s(w), made of nothing but the weight."""
+    def score_by_itself(self, x: Tensor | None = None, g: Tensor | None = None) -> None:
+        """Scores s(w), or s(w) x_j g_i: made of the weight, and factors [G, 1, K] of columns and [G, 1, O] of rows."""
         self.settle()
-        self._scores, self._collected = self._source(None, None, 0), None
+        self._scores, self._collected = self._source(x, g, 0), None
 
     def room(self, like: Tensor) -> Tensor:
         """Memory for one tensor of rows [G, O, K], shared with the network's other weights."""

@@ -23,9 +23,9 @@ from torch.overrides import TorchFunctionMode
 
 from .. import ops
 from ..batches import Batch, Data, require_reiterable, stream
+from ..exporting import canonical_names
 from ..network import PathNetwork
 from ..ops import WeightMap
-from ..tracer import canonical_names
 from ..weights import Weight
 from .base import Pruner
 

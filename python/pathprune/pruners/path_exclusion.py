@@ -25,6 +25,7 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from ..batches import Batch, Data, require_reiterable, stream
+from ..exporting import evaluating
 from ..flow import PathFlow
 from ..gates import GatedFlow, record
 from ..network import PathNetwork
@@ -32,7 +33,6 @@ from ..nodes import Synapse
 from ..ops import WeightMap
 from ..policy import Policy, policy_of
 from ..select import Bracket
-from ..tracer import evaluating
 from ..weights import Scaled, Weight, power_of_two, weights_of
 from .base import Pruner, Scorer
 from .objective import Loss, batch_norm_arguments, labelled_output, logits_of, masked

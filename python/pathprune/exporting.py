@@ -1,0 +1,146 @@
+"""``torch.export`` of an unmodified module for one sample, and the names of what it gives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+
+
+class UnsupportedModelError(ValueError):
+    """The model cannot be read as a path network; the message names module, operator and rule to add."""
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode for the time of the export, every module's own flag restored after, also on an exception."""
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in flags:
+            module.training = False
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+class _EveryChoice(TorchFunctionMode):
+    """``topk`` gives all there are: where data chooses experts, paths take every choice."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in (torch.topk, Tensor.topk):
+            values, dim = args[0] if args else kwargs["input"], args[2] if len(args) > 2 else kwargs.get("dim", -1)
+            rest = [dim, *args[3:]] if len(args) > 2 else []
+            kwargs = {key: value for key, value in kwargs.items() if key not in ("input", "k")}
+            return func(values, values.shape[dim], *rest, **kwargs)
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def _plainly(model: nn.Module) -> Iterator[None]:
+    """For the time of the export: no fused layers, no caches, experts without control flow, every expert chosen."""
+    settings = {"use_cache": False, "_experts_implementation": "batched_mm"}  # Hugging Face's
+    configs = {id(c): c for c in (getattr(module, "config", None) for module in model.modules()) if c is not None}
+    before = [(c, key, getattr(c, key)) for c in configs.values() for key in settings if getattr(c, key, None)]
+    is_fast = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        for config, key, _ in before:
+            setattr(config, key, settings[key])
+        with _EveryChoice():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(is_fast)
+        for config, key, value in before:
+            setattr(config, key, value)
+
+
+def export(model: nn.Module, example_input: Any) -> torch.export.ExportedProgram:
+    """``torch.export`` of the model in eval mode for one sample; mode, buffers, gradients and RNG state are untouched.
+
+    Raises:
+        UnsupportedModelError: the model has data-dependent control flow, or does not accept ``example_input``.
+    """
+    args, kwargs = one_sample(example_input)
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    try:
+        with torch.random.fork_rng(devices=devices), evaluating(model), torch.no_grad(), _plainly(model):
+            return torch.export.export(model, args, kwargs, strict=False)
+    except Exception as error:  # torch.export raises many types, user code any
+        summary = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        shapes = [tuple(a.shape) for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+        raise UnsupportedModelError(
+            f"PathNetwork: {type(model).__name__} could not be exported with an example_input of shape(s) {shapes}: "
+            f"{type(error).__name__}: {summary}. The forward must accept example_input and must not branch on values "
+            "of tensors (torch.export)"
+        ) from error
+
+
+def one_sample(example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """``example_input`` (tensor, tuple, or kwargs dict) as args and kwargs, cut to batch size 1."""
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    if isinstance(example_input, Mapping):
+        args, kwargs = (), dict(example_input)
+    elif isinstance(example_input, Tensor):
+        args, kwargs = (example_input,), {}
+    elif isinstance(example_input, (tuple, list)):
+        args, kwargs = tuple(example_input), {}
+    else:
+        raise TypeError(f"example_input: wanted a tensor, tuple or dict of kwargs, got {type(example_input).__name__}")
+    tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+    if not tensors:
+        raise ValueError("example_input: wanted at least one tensor, got none")
+    batch = tensors[0].shape[0] if tensors[0].dim() else None
+    if batch == 0:
+        raise ValueError(f"example_input: wanted at least one sample, got shape {tuple(tensors[0].shape)}")
+
+    def cut(a: Any) -> Any:
+        is_batched = isinstance(a, Tensor) and a.dim() > 0 and a.shape[0] == batch
+        return a[:1] if is_batched else a
+
+    return tuple(cut(a) for a in args), {key: cut(a) for key, a in kwargs.items()}
+
+
+def canonical_names(model: nn.Module) -> dict[str, str]:
+    """Every parameter and buffer name -> the name by which it is known: tied tensors are one, named first.
+
+    Tensors are tied when they are one object, or show the same memory in the same way.
+    """
+    first: dict[Any, str] = {}
+    names: dict[str, str] = {}
+    for tensors in (
+        model.named_parameters(remove_duplicate=False),
+        model.named_buffers(remove_duplicate=False),
+    ):
+        for name, tensor in tensors:
+            memory = (
+                tensor.untyped_storage().data_ptr(),
+                tensor.storage_offset(),
+                tensor.shape,
+                tensor.stride(),
+            )
+            names[name] = first.setdefault(memory if tensor.numel() else id(tensor), name)
+    return names
+
+
+def operator_name(node: fx.Node) -> str:
+    """``aten.add_.Tensor`` -> ``add``."""
+    packet = getattr(node.target, "overloadpacket", node.target)
+    name = getattr(packet, "__name__", str(packet)).split(".")[-1]
+    return name.rstrip("_") if not name.startswith("__") else name
+
+
+def module_path(node: fx.Node) -> str:
+    """The qualified name of the module the operator was called in, and its class."""
+    stack = node.meta.get("nn_module_stack") or {}
+    if not stack:
+        return "the model itself"
+    path, kind = list(stack.values())[-1]
+    kind = kind if isinstance(kind, str) else kind.__name__
+    return f"'{path}' ({kind.rsplit('.', 1)[-1]})"

@@ -1,0 +1,225 @@
+"""What norms mean for paths, also where a model writes them out in elementwise operators.
+
+A norm without running statistics divides by the RMS of the flow that enters, held fixed; centring is dropped. Written
+out, ``x * rsqrt(mean(x^2) + eps)`` is read through its :class:`Moment`: the statistic of a flow that the operators in
+between make.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+
+from .nodes import Expression, Gate, Norm, Scale, Shift, Tensors
+from .rules import IDENTITIES, RuleError, along, rule, scaled
+
+if TYPE_CHECKING:
+    from .tracer import Tracer
+
+
+# ------------------------------------------------------------------------------------------------------- norms
+
+
+@rule("batch_norm")
+def _batch_norm(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
+    if a.get("training") or a["running_mean"] is None or a["running_var"] is None:
+        return _norm(t, node, a, dims=_all_but_channel(t, node), weight_dim=1)
+    mean, variance, eps = t.constant(a["running_mean"]), t.constant(a["running_var"]), a["eps"]
+    gamma = t.constant(a["weight"]) if a["weight"] is not None else None
+    beta = t.constant(a["bias"]) if a["bias"] is not None else None
+
+    def factor(tensors: Tensors) -> Tensor:
+        inverse = torch.rsqrt(variance(tensors).double() + eps)
+        return inverse if gamma is None else gamma(tensors).double() * inverse
+
+    def shift(tensors: Tensors) -> Tensor:
+        moved = -mean(tensors).double() * factor(tensors)
+        return moved if beta is None else beta(tensors).double() + moved
+
+    dims = len(t.shape(node))
+    scale = Scale((t.flow(a["input"]),), t.shape(node), factor=along(factor, dims, 1), kind="batch_norm")
+    index = t.add(scale, node)
+    return t.add(Shift((index,), t.shape(node), value=along(shift, dims, 1), kind="batch_norm"), node)
+
+
+def _all_but_channel(t: Tracer, node: fx.Node) -> tuple[int, ...]:
+    return tuple(range(2, len(t.shape(node))))
+
+
+def _norm(
+    t: Tracer,
+    node: fx.Node,
+    a: dict[str, Any],
+    dims: tuple[int, ...],
+    weight_dim: int | None,
+    groups: int = 0,
+) -> int:
+    """Divide by the RMS of the entering flow over ``dims``, then the affine part (along one axis, or the last ones)."""
+    index = t.add(Norm((t.flow(a["input"]),), t.shape(node), dims=dims, groups=groups), node)
+    n = len(t.shape(node))
+    for kind, value in (("scale", a.get("weight")), ("shift", a.get("bias"))):
+        if value is None:
+            continue
+        expression = t.constant(value)
+        if weight_dim is not None:
+            expression = along(expression, n, weight_dim)
+        if kind == "scale":
+            index = t.add(Scale((index,), t.shape(node), factor=expression), node)
+        else:
+            index = t.add(Shift((index,), t.shape(node), value=expression), node)
+    return index
+
+
+@rule("layer_norm", "rms_norm")
+def _layer_norm(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
+    n = len(t.shape(node))
+    return _norm(t, node, a, dims=tuple(range(n - len(a["normalized_shape"]), n)), weight_dim=None)
+
+
+@rule("group_norm")
+def _group_norm(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
+    return _norm(t, node, a, dims=tuple(range(1, len(t.shape(node)))), weight_dim=1, groups=a["num_groups"])
+
+
+@rule("instance_norm")
+def _instance_norm(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
+    if not a["use_input_stats"]:
+        return _batch_norm(t, node, a)
+    return _norm(t, node, a, dims=_all_but_channel(t, node), weight_dim=1)
+
+
+# ------------------------------------------------------------------------------------------- norms written out
+
+
+@dataclass(frozen=True)
+class Moment:
+    """``(mean or sum of x^2 over dims)^(power / 2)``, times constants: the size of a flow, not a flow itself.
+
+    Attributes:
+        flow: x.
+        square: the operator that squared it, in case the squares are used for themselves.
+        dims: what is reduced; None before the reduction.
+        factors: constants and the powers they are raised to.
+    """
+
+    flow: int
+    square: fx.Node
+    dims: tuple[int, ...] | None = None
+    is_mean: bool = True
+    power: float = 2.0
+    factors: tuple[tuple[Expression, float], ...] = ()
+
+    def as_flow(self, t: Tracer) -> int:
+        """Squares that no norm is made of: an activation."""
+        if self.dims is not None:
+            raise RuleError("the size of a flow is used other than to divide that flow")
+        return t.add(Gate((self.flow,), t.shape(self.square), name="square"), self.square)
+
+    def raised(self, exponent: float) -> Moment:
+        factors = tuple((value, power * exponent) for value, power in self.factors)
+        return replace(self, power=self.power * exponent, factors=factors)
+
+    def times(self, value: Expression, exponent: float) -> Moment:
+        return replace(self, factors=(*self.factors, (value, exponent)))
+
+
+@rule("square")
+def _square(t: Tracer, node: fx.Node, a: dict[str, Any]) -> Moment:
+    return Moment(t.flow(a["self"]), node)
+
+
+@rule("pow")
+def _pow(t: Tracer, node: fx.Node, a: dict[str, Any]) -> Moment | int:
+    if not t.is_flow(a["self"]) or isinstance(a["exponent"], fx.Node):
+        raise RuleError("a power that the model computes")
+    if a["exponent"] == 2:
+        return _square(t, node, a)
+    return t.add(Gate((t.flow(a["self"]),), t.shape(node), name="pow"), node)
+
+
+@rule("linalg_vector_norm", "norm")
+def _vector_norm(t: Tracer, node: fx.Node, a: dict[str, Any]) -> Moment:
+    order = a.get("ord", a.get("p"))
+    if order not in (None, 2):
+        raise RuleError(f"a norm of order {order}")
+    dims = _dims(t, a["self"], a.get("dim"))
+    return Moment(t.flow(a["self"]), node, dims, is_mean=False, power=1.0)
+
+
+@rule("var", "std")
+def _variance(t: Tracer, node: fx.Node, a: dict[str, Any]) -> Moment:
+    """Centring is dropped, so the variance is the mean square."""
+    power = 2.0 if t.operator(node) == "var" else 1.0
+    return Moment(t.flow(a["self"]), node, _dims(t, a["self"], a.get("dim")), power=power)
+
+
+def _dims(t: Tracer, value: Any, dims: Any) -> tuple[int, ...]:
+    n = len(t.shape(value))
+    chosen = range(n) if dims in (None, []) else (dims,) if isinstance(dims, int) else dims
+    return tuple(sorted(d % n for d in chosen))
+
+
+_SAME = {*IDENTITIES, "expand", "unsqueeze", "squeeze", "clamp", "clamp_min", "maximum", "view", "reshape"}
+_POWERS = {"sqrt": 0.5, "rsqrt": -0.5, "reciprocal": -1.0}
+
+
+def through_moment(t: Tracer, node: fx.Node, a: dict[str, Any]) -> Moment | int | None:
+    """What an operator makes of a moment; None where it reads the squares as a flow."""
+    name = t.operator(node)
+    moment = next(m for m in map(t.moment, node.all_input_nodes) if m is not None)
+    if moment.dims is None:
+        if name in ("mean", "sum"):
+            return replace(moment, dims=_dims(t, a["self"], a.get("dim")), is_mean=name == "mean")
+        return moment if name in IDENTITIES else None
+    left, right = a.get("self"), a.get("other")
+    if name in ("mul", "multiply", "div", "divide", "true_divide"):
+        return _scaled_or_divided(t, node, left, right, 1.0 if name.startswith("mul") else -1.0)
+    others = [x for x in node.all_input_nodes if t.is_flow(x) and t.moment(x) is None]
+    is_combined = len(node.all_input_nodes) > 1 and all(t.moment(x) is not None for x in node.all_input_nodes)
+    if is_combined:
+        raise RuleError("the sizes of two flows are combined")
+    if name == "expand_as" or ((name in _SAME or name == "add") and not others):
+        return moment
+    if name in _POWERS or (name == "pow" and not isinstance(a["exponent"], fx.Node)):
+        return moment.raised(_POWERS[name] if name in _POWERS else a["exponent"])
+    raise RuleError("the size of a flow is used other than to divide that flow")
+
+
+@rule(*_POWERS)
+def _root(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
+    raise RuleError("a root or reciprocal of other than the size of a flow")
+
+
+def _scaled_or_divided(t: Tracer, node: fx.Node, left: Any, right: Any, sign: float) -> Moment | int:
+    moment = t.moment(left)
+    if moment is not None and not t.is_flow(right):
+        return moment.times(t.constant(right), sign)
+    if moment is not None:
+        if sign < 0:
+            raise RuleError("a division by a flow")
+        left, right = right, left
+    moment = t.moment(right)
+    assert moment is not None
+    if not t.is_flow(left):
+        value = t.constant(left)
+        return (moment.raised(-1.0) if sign < 0 else moment).times(value, 1.0)
+    moment = moment.raised(sign)
+    if t.moment(left) is not None or t.flow(left) != moment.flow or moment.power != -1:
+        raise RuleError("a flow is multiplied by the size of a flow, not divided by its own")
+    entering = t.net.nodes[moment.flow].shape
+    assert moment.dims is not None
+    index = t.add(Norm((moment.flow,), entering, dims=moment.dims), node)
+    count = math.prod(entering[d] for d in moment.dims)
+    factors = moment.factors
+
+    def factor(tensors: Tensors) -> Tensor:
+        value = torch.tensor(1.0 if moment.is_mean else count**-0.5, dtype=torch.float64)
+        for expression, power in factors:
+            value = value * expression(tensors).double().abs() ** power
+        return value
+
+    return index if moment.is_mean and not factors else scaled(t, node, index, factor)
