@@ -42,7 +42,7 @@ FLOORS = [
     {"weights", "layers"},
     {"scaled", "row_selection"},
     {"flow"},
-    {"liveness", "spatial", "tangent", "gates", "path_sampling", "summed_weights"},
+    {"activations", "liveness", "spatial", "tangent", "gates", "path_sampling", "summed_weights"},
     {"path_kernel", "path_gram", "tangent_kernel"},
     {"convergence"},
     {"pruners", "stable_resnet"},

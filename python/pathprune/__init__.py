@@ -43,6 +43,7 @@ from .pruners import (
     SynFlowL2,
     SynFlowL2Dist,
     TraceSaliency,
+    Wanda,
     cross_entropy,
     sample_with_replacement,
 )
@@ -106,6 +107,7 @@ __all__ = [
     "Threshold",
     "TraceSaliency",
     "UnsupportedModelError",
+    "Wanda",
     "WeightMap",
     "__version__",
     "chi",

@@ -52,14 +52,19 @@ def layer_network(model: nn.Module, tensors: Mapping[str, Tensor] | None = None)
 
 def prunable_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Weight name -> the first module that uses it, in the order of ``model.named_parameters()``."""
+    return {name: modules[0] for name, modules in modules_of(model).items()}
+
+
+def modules_of(model: nn.Module) -> dict[str, list[nn.Module]]:
+    """Weight name -> the layers that use it, in the order of ``model.named_parameters()``."""
     canonical = canonical_names(model)
     kinds = (nn.Linear, nn.modules.conv._ConvNd, *_hugging_face_kinds())
     modules: dict[str, nn.Module] = {f"{path}.weight".lstrip("."): module for path, module in model.named_modules()}
     embedded = {canonical.get(name) for name, module in modules.items() if isinstance(module, EMBEDDINGS)}
-    found: dict[str, nn.Module] = {}
+    found: dict[str, list[nn.Module]] = {}
     for name, module in modules.items():
         if isinstance(module, kinds) and name in canonical and canonical[name] not in embedded:
-            found.setdefault(canonical[name], module)
+            found.setdefault(canonical[name], []).append(module)
     return {name: found[name] for name, _ in model.named_parameters() if name in found}
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ._mask_io import base_hash
+from .layers import layer_network
 from .liveness import Reach, reach
 from .masks import Masks
 from .network import PathNetwork, as_network
@@ -32,7 +33,7 @@ def prune(
     density: float | Sequence[float] | None = None,
     sparsity: float | Sequence[float] | None = None,
     example_input: Any = None,
-    scope: str = "global",
+    scope: str | None = None,
     allocation: str | Mapping[str, float] = "uniform",
     schedule: str = "exponential",
     seed: int = 0,
@@ -50,8 +51,10 @@ def prune(
         pruner: ``SynFlow()``, ``Magnitude()``, ... : configuration only.
         density: fraction of prunable weights kept, in (0, 1]; or a descending list: one schedule passes through all.
         sparsity: fraction removed, in [0, 1); exactly one of the two is given (neither for n:m, which fixes it).
-        example_input: tensor, tuple or kwargs the model accepts; not needed for a ``PathNetwork``.
-        scope: what competes: ``global``, ``layer``, ``row`` (each output unit), or ``n:m`` such as ``2:4``.
+        example_input: tensor, tuple or kwargs the model accepts; not needed for a ``PathNetwork``, nor by methods that
+            look at each layer alone (``Magnitude``, ``Wanda``).
+        scope: what competes: ``global``, ``layer``, ``row`` (each output unit), or ``n:m`` such as ``2:4``; None: the
+            method's own, ``row`` for ``Wanda``, ``global`` for others.
         allocation: for ``scope="layer"`` or ``"row"``: ``uniform``, ``erdos_renyi_kernel``, ``smart_ratio``, or
             densities by name, as :func:`allocate` gives them.
         schedule: ``exponential``, ``linear`` or ``one-shot``.
@@ -73,13 +76,17 @@ def prune(
     Determinism: the same weights, arguments and seed give the same masks, on any number of threads.
     """
     began = time.perf_counter()
+    if not isinstance(pruner, Pruner):
+        raise TypeError(f"prune: pruner: wanted a pruner such as SynFlow(), got {type(pruner).__name__}")
+    scope = pruner.scope if scope is None else scope
     area = Scope.of(scope)
     densities = _densities(density, sparsity, area)
     if count not in ("exact", "published"):
         raise ValueError(f"prune: count: wanted 'exact' or 'published', got {count!r}")
-    if not isinstance(pruner, Pruner):
-        raise TypeError(f"prune: pruner: wanted a pruner such as SynFlow(), got {type(pruner).__name__}")
-    network = as_network(model, example_input)
+    if isinstance(model, nn.Module) and example_input is None and not pruner.needs_paths:
+        network = layer_network(model)
+    else:
+        network = as_network(model, example_input)
     names = network.select(include, exclude)
     quick = merge_equal_positions(network) if pruner.wants_merged_positions else network
     share = (0.25 if compact else 0.0) if isinstance(compact, bool) else float(compact)

@@ -10,13 +10,15 @@ Oracle: a stable descending sort.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from . import ops
-from .select import NonFiniteScoreError
+from .checks import WORD
+from .select import NonFiniteScoreError, Scores
 from .weights import Weight
 
 _AT_ONCE = 1 << 20  # scores in one piece
@@ -64,36 +66,54 @@ def _nth_largest(scores: Tensor, n: int) -> Tensor:
     return torch.from_numpy(np.partition(scores.numpy(), place, axis=-1)[..., place : place + 1])
 
 
+def row_length(weight: Weight) -> int:
+    """How many weights of an output unit compete."""
+    return weight.shape[0] if weight.form == "linear_t" else weight.columns
+
+
 def cut_rows(weight: Weight, keep: int, n: int = 0, m: int = 0) -> None:
-    """Keeps the best ``keep`` weights of each row, or with ``m`` the best ``n`` of every ``m`` neighbours.
+    """Keeps the best ``keep`` weights of each output unit, or with ``m`` the best ``n`` of every ``m`` neighbours.
 
     Args:
         weight: it has been scored; its mask is replaced.
-        keep: of the K weights of a row.
+        keep: of the weights of an output unit.
 
     Raises:
         NonFiniteScoreError: NaN or inf among the scores.
         ValueError: rows that are no multiple of ``m``.
     """
-    columns = weight.columns
-    if m and columns % m:
+    inputs = row_length(weight)
+    if m and inputs % m:
         raise ValueError(
-            f"scope: '{weight.name}': wanted {columns} inputs to be a multiple of {m} for {n}:{m}; exclude it"
+            f"scope: '{weight.name}': wanted {inputs} inputs to be a multiple of {m} for {n}:{m}; exclude it"
         )
     made = weight.scores if weight.scores.layout is None else weight.written_scores()
-    groups, rows, _ = made.weight.shape
+    turned = weight.form == "linear_t"  # output units are the columns of what is stored
+    groups, rows, columns = made.weight.shape
     words = torch.empty((groups, rows, ops.words(columns)), dtype=torch.int16, device=made.weight.device)
-    step = max(1, _AT_ONCE // max(groups * columns, 1))
-    for first in range(0, rows, step):
-        some = made.rows(first, first + step)
+    for some, place in _pieces(made, words, turned):
         scores = some.written()
         low, high = torch.aminmax(scores)  # NaN is both
         if not (math.isfinite(float(low)) and math.isfinite(float(high))):
             raise NonFiniteScoreError(f"select: scores of '{weight.name}' are NaN or infinite")
         if some.mask is not None:
-            scores = scores.masked_fill(~ops.mask_unpack(some.mask, columns), -math.inf)
+            scores = scores.masked_fill(~ops.mask_unpack(some.mask, some.columns), -math.inf)
+        scores = scores.mT.contiguous() if turned else scores
         kept = best(scores.unflatten(-1, (-1, m)), n).flatten(-2) if m else best(scores, keep)
-        words[:, first : first + step] = ops.mask_pack(kept)
+        place.copy_(ops.mask_pack(kept.mT.contiguous() if turned else kept))
     if made.used is not None:
         made.used()
     weight.set_words(words)
+
+
+def _pieces(made: Scores, words: Tensor, turned: bool) -> Iterator[tuple[Scores, Tensor]]:
+    """Some output units at a time: their scores, and where the words of their mask go."""
+    groups, rows, columns = made.weight.shape
+    if turned:
+        step = WORD * max(1, _AT_ONCE // max(groups * rows * WORD, 1))
+        for first in range(0, columns, step):
+            yield made.block(first, first + step), words[..., first // WORD : (first + step) // WORD]
+        return
+    step = max(1, _AT_ONCE // max(groups * columns, 1))
+    for first in range(0, rows, step):
+        yield made.rows(first, first + step), words[:, first : first + step]

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .checks import WORD
 from .ops import WeightMap
 from .reals import Real
 
@@ -108,6 +109,13 @@ class Scores:
         mask = None if self.mask is None else self.mask[:, first:last].contiguous()
         g = None if self.g is None else self.g[..., first:last].contiguous()
         return replace(self, weight=weight, mask=mask, g=g, used=None)
+
+    def block(self, first: int, last: int) -> Scores:
+        """The scores of some columns, from a multiple of a mask word on; of dense weights only."""
+        weight = self.weight[..., first:last].contiguous()
+        mask = None if self.mask is None else self.mask[..., first // WORD : ops.words(last)].contiguous()
+        x = None if self.x is None else self.x[..., first:last].contiguous()
+        return replace(self, weight=weight, columns=weight.shape[-1], mask=mask, x=x, used=None)
 
     @property
     def _made(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, WeightMap]:

@@ -15,7 +15,7 @@ from ..flow import PathFlow
 from ..network import PathNetwork
 from ..ops import WeightMap
 from ..policy import Policy, policy_of
-from ..row_selection import cut_rows
+from ..row_selection import cut_rows, row_length
 from ..select import Bracket, Real, Threshold, select
 from ..weights import Weight
 
@@ -46,6 +46,11 @@ class Pruner:
     def needs_paths(self) -> bool:
         """Whether the method looks beyond single layers, at the paths through the network."""
         return True
+
+    @property
+    def scope(self) -> str:
+        """Over what scores compete unless ``prune`` is told otherwise."""
+        return "global"
 
     @property
     def regrows(self) -> bool:
@@ -112,6 +117,14 @@ class Wrapper(Pruner):
         return self.base.wants_merged_positions
 
     @property
+    def needs_paths(self) -> bool:
+        return self.base.needs_paths
+
+    @property
+    def scope(self) -> str:
+        return self.base.scope
+
+    @property
     def maps(self) -> tuple[WeightMap, WeightMap]:
         return self.base.maps
 
@@ -160,7 +173,7 @@ class Scope:
     """Over which sets of weights the scores compete.
 
     ``kind``: ``global``; ``layer`` (each tensor, by ``densities``); ``row`` (each output unit); ``n:m`` (n of every m
-    weights along the input axis).
+    weights along the input axis). Of a transposed convolution a row is an input unit, as it is stored.
     """
 
     kind: str
@@ -220,7 +233,7 @@ class Selection:
             keep = round(self.total * density)
         shares = {}
         for weight in self.weights:
-            size = weight.columns if self.scope.kind in ("row", "n:m") else weight.shape.numel()
+            size = row_length(weight) if self.scope.kind in ("row", "n:m") else weight.shape.numel()
             shares[weight.name] = max(round(size * layer_plan(density)[weight.name]), 1 if size else 0)
         return keep, shares
 
