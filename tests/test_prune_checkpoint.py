@@ -9,15 +9,18 @@ import warnings
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from checkpoint_folders import contents, convnext, gpt2, llama, mixtral, resnet, rewrite, save, tensors
 from pathprune import (
     PHEW,
+    SNIP,
     CheckpointError,
     Magnitude,
     Masks,
     SynFlow,
     SynFlowL2,
+    Wanda,
     layer_network,
     prune,
     prune_checkpoint,
@@ -76,6 +79,42 @@ def test_magnitude_on_language_models(tmp_path, make, dtype):
     masks = prune(layer_network(type(model).from_pretrained(folder)), Magnitude(), density=0.3)
     assert_same_as_in_memory(model, folder, made, masks)
     assert made.masks.kept == round(0.3 * made.masks.total)
+
+
+WORDS = [{"input_ids": torch.arange(9)[None]}, {"input_ids": torch.arange(4)[None]}]
+TEXT = {
+    "synflow": (llama, SynFlow(rounds=3)),
+    "synflow-l2": (gpt2, SynFlowL2(rounds=3)),
+    "wanda": (
+        llama,
+        Wanda([{"input_ids": torch.arange(9)[None]}, {"input_ids": torch.arange(4)[None]}], by_blocks=True),
+    ),
+    "wanda, Conv1D": (gpt2, Wanda([{"input_ids": torch.arange(9)[None]}], by_blocks=True)),
+}
+
+
+@pytest.mark.parametrize("case", TEXT)
+def test_methods_on_language_models(tmp_path, case):
+    make, pruner = TEXT[case]
+    model = make()
+    folder = save(model, tmp_path / "model")
+    made = prune_checkpoint(folder, pruner, tmp_path / "out", density=0.3, budget=0)
+    loaded = type(model).from_pretrained(folder)
+    given = {"example_input": {"input_ids": torch.zeros(1, 1, dtype=torch.int64)}} if pruner.needs_paths else {}
+    assert_same_as_in_memory(model, folder, made, prune(loaded, pruner, density=0.3, compact=False, **given))
+
+
+def test_other_data_do_not_go_on(whole, tmp_path):
+    data = [{"input_ids": torch.arange(9)[None]}]
+    prune_checkpoint(whole, Wanda(data), tmp_path / "out", density=0.5)
+    prune_checkpoint(whole, Wanda([{"input_ids": torch.arange(9)[None]}]), tmp_path / "out", density=0.5)
+    with pytest.raises(CheckpointError, match="holds a checkpoint pruned otherwise: data was"):
+        prune_checkpoint(whole, Wanda([{"input_ids": torch.arange(8)[None]}]), tmp_path / "out", density=0.5)
+
+
+def test_methods_that_hold_gradients_are_refused(whole, tmp_path):
+    with pytest.raises(ValueError, match="wanted Magnitude, Wanda, PHEW or a path method, got SNIP"):
+        prune_checkpoint(whole, SNIP([torch.ones(1)]), tmp_path / "out", density=0.5)
 
 
 @pytest.mark.parametrize("options", [{"scope": "row"}, {"scope": "2:4"}, {"scope": "layer"}, {"exclude": "*.mlp.*"}])
@@ -224,6 +263,19 @@ def test_the_command(whole, tmp_path):
     assert marker["arguments"]["exclude"] == ["*.mlp.*"]
     masks = prune_checkpoint(whole, Magnitude(), tmp_path / "two", density=0.5, exclude="*.mlp.*").masks
     assert Masks.load(tmp_path / "out" / "masks.safetensors") == masks
+    save_file({"tokens": torch.arange(12).reshape(2, 6)}, tmp_path / "tokens.safetensors")
+    words = ["--method", "wanda", "--density", 0.5, "--out", tmp_path / "wanda"]
+    result = run(whole, "--calibration", tmp_path / "tokens.safetensors", *words)
+    assert result.exit_code == 0, result.output
+    data = [{"input_ids": torch.arange(6)[None]}, {"input_ids": torch.arange(6, 12)[None]}]
+    masks = prune_checkpoint(whole, Wanda(data, by_blocks=True), tmp_path / "four", density=0.5).masks
+    assert Masks.load(tmp_path / "wanda" / "masks.safetensors") == masks
+    assert "--calibration: wanted a file of tokens for wanda" in run(whole, *words).stderr
+    save_file({"tokens": torch.ones(3)}, tmp_path / "floats.safetensors")
+    result = run(whole, "--calibration", tmp_path / "floats.safetensors", *words)
+    assert "'tokens': wanted integers [length] or [samples, length], got torch.float32 [3]" in result.stderr
+    result = run(whole, "--calibration", tmp_path / "floats.safetensors", "--density", 0.5, "--out", tmp_path / "five")
+    assert "--calibration: wanted none, magnitude looks at no data" in result.stderr
     result = run(tmp_path / "none", "--density", 0.5, "--out", tmp_path / "three")
     assert result.exit_code == 1 and result.stderr.startswith("pathprune: checkpoint: wanted a folder")
     assert result.stderr.count("\n") == 1

@@ -169,3 +169,95 @@ def test_inputs_that_overflow_are_refused(data):
         model[0].weight.fill_(1e38)
     with pytest.raises(ValueError, match=r"Wanda: data: the inputs of '1.weight' are NaN or infinite"):
         prune(model, Wanda([x.abs() for x in data]), density=0.5)
+
+
+# ---------------------------------------------------------------------------------------------- block by block
+
+
+class Chain(nn.Module):
+    """A convolutional stem, blocks with an argument besides, and a head."""
+
+    def __init__(self, tuples: bool = False, kind: str = "chain") -> None:
+        super().__init__()
+        self.stem = nn.Linear(6, 8)
+        self.blocks = nn.ModuleList(Step(tuples) for _ in range(3))
+        self.head = nn.Linear(8, 2)
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.stem(x)
+        for k, block in enumerate(self.blocks):
+            if self.kind == "short" and k == 2:
+                break
+            scale = float(k) if self.kind == "arguments" else 0.5
+            out = block(h, scale=scale * block.gain)
+            out = out[0] if isinstance(out, tuple) else out
+            h = out + 1 if self.kind == "between" else out
+        if self.kind == "twice":
+            h = self.blocks[0](h, scale=0.5)
+        return self.head(h)
+
+
+class Step(nn.Module):
+    gain = 1.0
+
+    def __init__(self, tuples: bool) -> None:
+        super().__init__()
+        self.layer, self.tuples = nn.Linear(8, 8), tuples
+
+    def forward(self, h: Tensor, scale: float) -> Tensor | tuple[Tensor]:
+        h = h + scale * F.relu(self.layer(h))
+        return (h,) if self.tuples else h
+
+
+@pytest.mark.parametrize("tuples", [False, True])
+def test_block_by_block_is_the_same(data, tuples):
+    """Masks and norms bit for bit; every layer of every block is run once for each sample, and once to check."""
+    torch.manual_seed(0)
+    chain = Chain(tuples)
+    runs = dict.fromkeys(range(3), 0)
+    for k, block in enumerate(chain.blocks):
+        block.layer.register_forward_hook(lambda *_, k=k: runs.__setitem__(k, runs[k] + 1))
+    blocks = list(chain.blocks)
+    expected = prune(chain, Wanda(data), density=0.4)
+    runs = dict.fromkeys(range(3), 0)
+    assert prune(chain, Wanda(data, by_blocks=True), density=0.4) == expected
+    assert set(runs.values()) == {len(data) + 1}
+    assert list(chain.blocks) == blocks
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("arguments", "block 1 is called with other arguments than block 0"),
+        ("between", "block 1 does not take what block 0 gives"),
+        ("twice", "they are not run one after the other, once each"),
+        ("short", "only 2 of 3 are run"),
+    ],
+)
+def test_what_is_no_chain_is_refused(data, kind, message):
+    model = Chain(kind=kind)
+    with pytest.raises(ValueError, match=f"blocks: Chain: wanted 'blocks' to be a chain of blocks: {message}"):
+        prune(model, Wanda(data, by_blocks=True), density=0.5)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    with pytest.raises(ValueError, match="blocks: wanted a chain of blocks in a ModuleList, Tokens has none"):
+        prune(Tokens(), Wanda(data, by_blocks=True), density=0.5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "vit"])
+def test_models_of_transformers_block_by_block(name):
+    transformers = pytest.importorskip("transformers")
+    import checkpoint_folders
+
+    torch.manual_seed(0)
+    batches = [{"input_ids": torch.randint(64, (1, length))} for length in (5, 9, 1)]
+    if name == "vit":
+        sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+        model = transformers.ViTForImageClassification(transformers.ViTConfig(image_size=16, patch_size=8, **sizes))
+        batches = [torch.randn(n, 3, 16, 16) for n in (1, 3)]
+    else:
+        model = getattr(checkpoint_folders, name)()
+    before = getattr(model.config, "use_cache", None)
+    expected = prune(model, Wanda(batches), density=0.5)
+    assert prune(model, Wanda(batches, by_blocks=True), density=0.5) == expected
+    assert getattr(model.config, "use_cache", None) == before

@@ -7,6 +7,7 @@ masks.apply_(model)
 """
 
 from ._mask_io import MaskFileError, MaskMismatchError
+from .allocation import allocate
 from .batches import class_balanced
 from .checkpoint import Checkpoint
 from .checkpoint_pruning import PrunedCheckpoint, prune_checkpoint
@@ -110,6 +111,7 @@ __all__ = [
     "Wanda",
     "WeightMap",
     "__version__",
+    "allocate",
     "chi",
     "class_balanced",
     "compare",

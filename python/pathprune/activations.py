@@ -51,6 +51,7 @@ class InputSquares:
             if convolution and (module.transposed or module.padding_mode != "zeros"):
                 kind = "transposed" if module.transposed else f"padded by '{module.padding_mode}'"
                 raise ValueError(f"{who}: '{name}': wanted a linear layer or a convolution, got one {kind}; exclude it")
+        self.paused = False
         self.sums: dict[str, Tensor] = {}  # name -> float64 [K], or of a convolution [groups, K]
 
     @contextmanager
@@ -66,14 +67,22 @@ class InputSquares:
             for handle in handles:
                 handle.remove()
 
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """While within, runs do not count, unless ``paused`` is set to False on the way."""
+        self.paused = True
+        try:
+            yield
+        finally:
+            self.paused = False
+
     def _observer(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
         def observe(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            x = inputs[0].detach()
-            if isinstance(module, nn.modules.conv._ConvNd):
-                found = _of_patches(x, output, module)
-            else:
-                found = _of_rows(x.reshape(-1, x.shape[-1]))
-            self.sums[name] = found + self.sums[name] if name in self.sums else found
+            if not self.paused:
+                x = inputs[0].detach()
+                is_convolution = isinstance(module, nn.modules.conv._ConvNd)
+                found = _of_patches(x, output, module) if is_convolution else _of_rows(x.reshape(-1, x.shape[-1]))
+                self.sums[name] = found + self.sums[name] if name in self.sums else found
             self._used(name)
 
         return observe
@@ -128,16 +137,29 @@ def _of_patches(x: Tensor, output: Tensor, module: Any) -> Tensor:
 
 
 def run(model: nn.Module, batches: Iterable[Batch]) -> None:
-    """Runs the model on each batch in evaluation mode, without gradients; modes and random state stay as they were."""
+    """Runs the model on each batch."""
+    with evaluating(model):
+        for batch in batches:
+            model(*batch.args, **dict(batch.kwargs))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, no gradients, no cache of keys and values; modes, random state and settings are put back."""
     modes = [(module, module.training) for module in model.modules()]
+    config = getattr(model, "config", None)
+    caches = getattr(config, "use_cache", None)
     try:
         model.eval()
+        if caches:
+            config.use_cache = False  # type: ignore[union-attr]
         with torch.random.fork_rng(), torch.no_grad():
-            for batch in batches:
-                model(*batch.args, **dict(batch.kwargs))
+            yield
     finally:
         for module, training in modes:
             module.training = training
+        if caches:
+            config.use_cache = caches  # type: ignore[union-attr]
 
 
 def as_columns(norms: Mapping[str, Tensor], module: nn.Module, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

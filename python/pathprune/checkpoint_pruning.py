@@ -11,19 +11,24 @@ Oracle: the same pruning in memory.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from ._mask_io import flat_pieces
 from .checkpoint import MASKS, Checkpoint, some, verify
 from .checkpoint_model import CheckpointModel, open_model
 from .loading import example_input as ones_of_shape
 from .masks import Masks
+from .pruners import PHEW, Magnitude, PathPruner, Wanda
 from .pruners.base import Pruner
 from .pruning import prune
 from .residency import DEFAULT_BUDGET
@@ -83,8 +88,9 @@ def prune_checkpoint(
 
     Args:
         folder: ``config.json`` and safetensors weights; see :class:`Checkpoint`.
-        pruner: ``Magnitude()``, ``SynFlow()``, ...; those that look at paths need a model that ``torch.export`` and the
-            path rules can read.
+        pruner: ``Magnitude()``, ``Wanda(data, by_blocks=True)``, ``PHEW()`` or a path method such as ``SynFlow()``.
+            Methods that look at paths need a model that ``torch.export`` and the path rules can read; their memory is
+            bounded for linear layers of few positions (``streamed`` in :mod:`weights`), others are written out.
         out: a folder that does not exist, is empty, or is the result of the same call.
         density, sparsity, scope, schedule, seed, include, exclude: as in ``prune``; one density.
         example_input: of methods that look at paths; None: ones of ``input_shape``.
@@ -108,6 +114,11 @@ def prune_checkpoint(
     source, target = Path(folder).resolve(), Path(out).resolve()
     if source == target or source in target.parents or target in source.parents:
         raise CheckpointError(f"out: wanted a folder apart from {source}, got {target}")
+    if not isinstance(pruner, (Magnitude, Wanda, PHEW, PathPruner)):
+        raise ValueError(
+            f"prune_checkpoint: pruner: wanted Magnitude, Wanda, PHEW or a path method, got {pruner.name}, "
+            "which holds more than one bit a weight in memory"
+        )
     checkpoint = Checkpoint(folder, budget)
     checkpoint.verify()
     arguments: dict[str, Any] = {
@@ -120,6 +131,7 @@ def prune_checkpoint(
         "schedule": schedule,
         "seed": seed,
         "input": _shapes(example_input) or input_shape,
+        "data": _digest(getattr(pruner, "data", None)),
         "include": [include] if isinstance(include, str) else include and list(include),
         "exclude": [exclude] if isinstance(exclude, str) else list(exclude),
     }
@@ -172,6 +184,21 @@ def _result(folder: Path, masks: Masks, found: Mapping[str, Any]) -> PrunedCheck
 
 def _input(opened: CheckpointModel, given: Any, shape: str | None) -> Any:
     return ones_of_shape(opened.model, shape) if given is None else given
+
+
+def _digest(data: Any) -> str | None:
+    """A hash of batches, so that an unfinished run is not taken up with other data."""
+    if data is None:
+        return None
+    digest = hashlib.blake2b(digest_size=16)
+    for leaf in tree_leaves([list(tree_leaves(batch)) for batch in data]):
+        if isinstance(leaf, Tensor):
+            digest.update(json.dumps([list(leaf.shape), str(leaf.dtype)]).encode())
+            for _, piece in flat_pieces(leaf):
+                digest.update(piece.reshape(-1).cpu().contiguous().view(torch.uint8).numpy().data)
+        else:
+            digest.update(repr(leaf).encode())
+    return digest.hexdigest()
 
 
 def _shapes(given: Any) -> list[list[int]]:

@@ -19,10 +19,10 @@ from typing import Annotated
 
 from . import info as installation
 from .checkpoint_pruning import prune_checkpoint as prune_files
-from .loading import example_input, load_model
+from .loading import example_input, load_model, read_tokens
 from .masks import Masks
 from .network import PathNetwork
-from .pruners import NTKSAP, PHEW, Magnitude, Pruner, Random, SynFlow, SynFlowL2, TraceSaliency
+from .pruners import NTKSAP, PHEW, Magnitude, Pruner, Random, SynFlow, SynFlowL2, TraceSaliency, Wanda
 from .pruning import prune as prune_model
 from .report import Report
 
@@ -81,6 +81,16 @@ class FileMethod(str, enum.Enum):
     SYNFLOW = "synflow"
     SYNFLOW_L2 = "synflow-l2"
     PHEW = "phew"
+    WANDA = "wanda"
+
+    def pruner(self, rounds: int | None, calibration: Path | None) -> Pruner:
+        if self is not FileMethod.WANDA:
+            if calibration is not None:
+                raise ValueError(f"--calibration: wanted none, {self.value} looks at no data")
+            return Method(self.value).pruner(rounds)
+        if calibration is None:
+            raise ValueError("--calibration: wanted a file of tokens for wanda, got none")
+        return Wanda(read_tokens(calibration), by_blocks=True)
 
 
 @contextmanager
@@ -155,8 +165,11 @@ def prune_checkpoint(
     density: Annotated[float | None, typer.Option(help="Fraction of weights kept.")] = None,
     sparsity: Annotated[float | None, typer.Option(help="Fraction removed.")] = None,
     rounds: Annotated[int | None, typer.Option(help="Default: the method's own.")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Of wanda: a safetensors file of token numbers, [length] or [samples, length].")
+    ] = None,
     input_shape: Shape = None,
-    scope: Annotated[str, typer.Option(help="global, layer, row, or n:m such as 2:4.")] = "global",
+    scope: Annotated[str | None, typer.Option(help="global, layer, row, or 2:4. Default: the method's own.")] = None,
     schedule: Annotated[str, typer.Option(help="exponential, linear or one-shot.")] = "exponential",
     seed: Seed = 0,
     exclude: Annotated[list[str] | None, typer.Option(help="Name pattern to leave whole; repeatable.")] = None,
@@ -165,7 +178,7 @@ def prune_checkpoint(
     with _one_line_errors():
         made = prune_files(
             folder,
-            Method(method.value).pruner(rounds),
+            method.pruner(rounds, calibration),
             out,
             density=density,
             sparsity=sparsity,

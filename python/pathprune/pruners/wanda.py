@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from ..activations import InputSquares, as_columns, run
 from ..batches import Data, require_reiterable, stream
+from ..blockwise import run_by_blocks
 from ..checks import accumulate_dtype
 from ..layers import prunable_layers
 from ..network import PathNetwork
@@ -32,6 +33,8 @@ class Wanda(Pruner):
 
     Args:
         data: re-iterable of batches ``x`` or ``(x, y)``; labels are ignored. See ``batches``.
+        by_blocks: run all batches through one block of the model after the other, so that weights on a disk are read
+            twice in all; of models that are a chain of blocks (:mod:`blockwise`). The masks are the same.
 
     Raises:
         TypeError: data that can be read only once.
@@ -44,6 +47,7 @@ class Wanda(Pruner):
     """
 
     data: Data = field(repr=False, compare=False)
+    by_blocks: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,8 +70,12 @@ class Wanda(Pruner):
             raise ValueError("Wanda: model: wanted a module, or a PathNetwork read from one; this was built by hand")
         names = [name for name, weight in weights.items() if weight.scored]
         squares = InputSquares(network.model, names, self.name, network.used)
-        with squares.watching():
-            run(network.model, stream(self.data, self.name, network.device))
+        batches = stream(self.data, self.name, network.device)
+        if self.by_blocks:
+            run_by_blocks(network.model, list(batches), squares)
+        else:
+            with squares.watching():
+                run(network.model, batches)
         norms, modules = squares.norms(), prunable_layers(network.model)
 
         def score(guess: Bracket | None) -> None:
