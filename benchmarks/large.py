@@ -6,6 +6,9 @@ A fresh process prunes. Its peak resident memory counts file pages too, so the w
 "beyond the start" is the peak less what Python, torch and transformers had when the work began; "beyond the shard" the
 peak less the largest shard. The masks are checked against a count made from the files afterwards.
 
+SynFlow runs three rounds, each of two sweeps; Wanda on eight samples of 128 tokens, so that its time is that of the
+weights, not of the matrix products.
+
 Bytes: magnitude reads the weights four times (finite, bracket, cut, hash), reads and writes each shard once, and hashes
 what it writes.
 """
@@ -27,12 +30,18 @@ from typing import Any
 import torch
 
 from harness import machine_facts, machine_name
-from pathprune import Magnitude, Masks, SynFlow, SynFlowL2, prune_checkpoint
+from pathprune import Magnitude, Masks, SynFlow, SynFlowL2, Wanda, prune_checkpoint
 from pathprune.residency import DEFAULT_BUDGET
 from pathprune.shards import PIECE_BYTES, Shard
 from synthetic_checkpoint import SHAPES, write
 
-METHODS = {"magnitude": Magnitude(), "synflow": SynFlow(), "synflow-l2": SynFlowL2()}
+TOKENS = [{"input_ids": torch.arange(k, k + 128)[None]} for k in range(8)]
+METHODS = {
+    "magnitude": Magnitude(),
+    "synflow": SynFlow(rounds=3),
+    "synflow-l2": SynFlowL2(rounds=3),
+    "wanda": Wanda(TOKENS, by_blocks=True),
+}
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -121,18 +130,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="1.1b")
     parser.add_argument("--method", choices=METHODS, default="magnitude")
-    parser.add_argument("--scope", default="global")
+    parser.add_argument("--scope", help="default: the method's own")
     parser.add_argument("--folder", type=Path, help="keep the synthetic checkpoint here")
     parser.add_argument("--budget", type=int, default=DEFAULT_BUDGET)
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/large.MACHINE.json")
     given = parser.parse_args()
+    scope = given.scope or METHODS[given.method].scope
     with tempfile.TemporaryDirectory() as temporary:
         folder = given.folder or Path(temporary) / given.shape
         if not (folder / "config.json").exists():
             write(folder, SHAPES[given.shape])
-        result = {"shape": given.shape, **measure(folder, given.method, given.scope, given.budget)}
+        result = {"shape": given.shape, **measure(folder, given.method, scope, given.budget)}
     gb, mb = 1e9, 1 << 20
-    print(f"{given.shape} {given.method} {given.scope}: {result['weights'] / gb:.2f} GB of weights on disk")
+    print(f"{given.shape} {given.method} {scope}: {result['weights'] / gb:.2f} GB of weights on disk")
     print(f"  peak resident {result['peak'] / mb:.0f} MB: {result['beyond_start'] / mb:.0f} MB beyond the start")
     print(f"  largest shard {result['largest_shard'] / mb:.0f} MB: peak {result['beyond_shard'] / mb:.0f} MB beyond it")
     print(f"  {result['seconds']:.1f} s, {result['over_copying_once']:.1f} times copying the shards, ", end="")

@@ -176,9 +176,10 @@ def test_a_configuration_of_other_sizes(folder):
 # --------------------------------------------------------------------------------------------- the model
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("make", [llama, gpt2, resnet, convnext])
-def test_the_model_is_the_one_transformers_loads(tmp_path, make):
-    model = make()
+def test_the_model_is_the_one_transformers_loads(tmp_path, make, dtype):
+    model = make().to(dtype)
     folder = save(model, tmp_path / "model")
     state = torch.random.get_rng_state()
     opened = open_model(Checkpoint(folder))
@@ -189,7 +190,7 @@ def test_the_model_is_the_one_transformers_loads(tmp_path, make):
     for name, value in (*loaded.named_parameters(), *loaded.named_buffers()):
         assert torch.equal(own[name], value), name
         assert torch.equal(opened.tensors[name], value), name
-    inputs = {"pixel_values": IMAGE} if make in (resnet, convnext) else {"input_ids": torch.arange(6)[None]}
+    inputs = {"pixel_values": IMAGE.to(dtype)} if make in (resnet, convnext) else {"input_ids": torch.arange(6)[None]}
     with torch.no_grad():
         assert torch.equal(opened.model(**inputs).logits, loaded(**inputs).logits)
 
@@ -231,6 +232,8 @@ def test_experts_that_are_fused_on_loading_are_not_claimed(tmp_path):
     assert opened.unclaimed and all(".experts." in name for name in opened.unclaimed)
     assert opened.absent and all(".experts." in name for name in opened.absent)
     assert not any("experts" in name for name in opened.layers().prunable)
+    with pytest.raises(CheckpointError, match=r"no file has model.layers.0.mlp.experts"):
+        opened.layers(runs=True)
     with pytest.raises(CheckpointError, match=r"no file has model.layers.0.mlp.experts"):
         opened.paths({"input_ids": torch.zeros(1, 4, dtype=torch.int64)})
 

@@ -104,6 +104,15 @@ def test_methods_on_language_models(tmp_path, case):
     assert_same_as_in_memory(model, folder, made, prune(loaded, pruner, density=0.3, compact=False, **given))
 
 
+def test_wanda_on_mixed_dtypes(tmp_path):
+    """As of the model that transformers makes of them: one dtype, that of most weights."""
+    folder = save(llama().bfloat16(), tmp_path / "model")
+    values = tensors(folder)
+    rewrite(folder, {name: value.float() if "norm" in name else value for name, value in values.items()})
+    made = prune_checkpoint(folder, Wanda(WORDS, by_blocks=True), tmp_path / "out", density=0.3)
+    assert made.masks == prune(llama().bfloat16(), Wanda(WORDS), density=0.3)
+
+
 def test_other_data_do_not_go_on(whole, tmp_path):
     data = [{"input_ids": torch.arange(9)[None]}]
     prune_checkpoint(whole, Wanda(data), tmp_path / "out", density=0.5)

@@ -50,14 +50,18 @@ class CheckpointModel:
         for key in self.keys.get(name, ()):
             self.checkpoint.used(key)
 
-    def layers(self) -> PathNetwork:
+    def layers(self, *, runs: bool = False) -> PathNetwork:
         """The linear layers side by side; see :func:`layer_network`.
 
+        Args:
+            runs: whether the model will be run, so that it needs all its parameters.
+
         Raises:
-            CheckpointError: a prunable weight that the files do not have, or whose dtype cannot be scored.
+            CheckpointError: a weight that the files do not have, or whose dtype cannot be scored.
         """
-        wanted = prunable_layers(self.model)
-        self._check(wanted)
+        self._check(prunable_layers(self.model))
+        if runs:
+            self._check_whole()
         return self._watched(layer_network(self.model, self.tensors))
 
     def paths(self, example_input: Any) -> PathNetwork:
@@ -68,9 +72,12 @@ class CheckpointModel:
             UnsupportedModelError: an operator without a rule.
         """
         self._check(self.tensors)
+        self._check_whole()
+        return self._watched(PathNetwork.from_module(self.model, example_input, self.tensors))
+
+    def _check_whole(self) -> None:
         if self.absent:
             raise CheckpointError(f"{self.checkpoint.folder}: no file has {some(self.absent)}")
-        return self._watched(PathNetwork.from_module(self.model, example_input, self.tensors))
 
     def _check(self, names: Any) -> None:
         folder = self.checkpoint.folder
@@ -110,7 +117,7 @@ def open_model(checkpoint: Checkpoint) -> CheckpointModel:
             tensors[name] = own.detach()  # of the structure itself, not of the files
     expected = [*parameters, *(name for name, _ in model.named_buffers() if name in persistent)]
     absent = [name for name in expected if name not in tensors]
-    _fill(model, tensors, parameters)
+    _fill(model, tensors, parameters, set(keys))
     return CheckpointModel(checkpoint, model.eval(), tensors, keys, unclaimed, absent)
 
 
@@ -222,10 +229,11 @@ def _value(checkpoint: Checkpoint, name: str, keys: list[str], shape: torch.Size
     return first
 
 
-def _fill(model: nn.Module, tensors: dict[str, Tensor], parameters: dict[str, nn.Parameter]) -> None:
-    """Puts windows in place of the meta parameters; where the files' dtypes are mixed, untouched memory of one dtype.
+def _fill(model: nn.Module, tensors: dict[str, Tensor], parameters: dict[str, nn.Parameter], files: set[str]) -> None:
+    """Puts values in place of the meta parameters, so that the model can run.
 
-    What the parameters hold is never read: values come from ``tensors``.
+    They are windows, and copies in the commonest dtype where the files' dtypes are mixed (an exported graph, and most
+    models, want one); buffers that are not in the files stay what the structure made them. What no file has is zero.
     """
     sizes: Counter[torch.dtype] = Counter()
     for name in parameters:
@@ -234,10 +242,10 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], parameters: dict[str, nn
     common = next((dtype for dtype, _ in sizes.most_common() if dtype in _FLOATS), torch.float32)
 
     def uniform(name: str, own: Tensor) -> Tensor:
-        value = tensors.get(name)
-        if value is not None and (value.dtype == common or not value.is_floating_point()):
-            return value
-        return torch.empty(own.shape, dtype=common if own.is_floating_point() else own.dtype)
+        if name not in tensors:
+            return torch.zeros(own.shape, dtype=common if own.is_floating_point() else own.dtype)
+        value = tensors[name]
+        return value.to(common) if name in files and value.is_floating_point() else value
 
     made = {id(own): nn.Parameter(uniform(name, own), requires_grad=False) for name, own in parameters.items()}
     buffers = {id(own): uniform(name, own) for name, own in model.named_buffers()}

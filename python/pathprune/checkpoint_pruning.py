@@ -28,6 +28,7 @@ from .checkpoint import MASKS, Checkpoint, some, verify
 from .checkpoint_model import CheckpointModel, open_model
 from .loading import example_input as ones_of_shape
 from .masks import Masks
+from .network import PathNetwork
 from .pruners import PHEW, Magnitude, PathPruner, Wanda
 from .pruners.base import Pruner
 from .pruning import prune
@@ -144,7 +145,7 @@ def prune_checkpoint(
             masks = Masks.load(work.partial / MASKS)
         else:
             found = prune(
-                opened.paths(_input(opened, example_input, input_shape)) if pruner.needs_paths else opened.layers(),
+                _network(opened, pruner, example_input, input_shape),
                 pruner,
                 density=density,
                 sparsity=sparsity,
@@ -182,8 +183,11 @@ def _result(folder: Path, masks: Masks, found: Mapping[str, Any]) -> PrunedCheck
     return PrunedCheckpoint(folder, masks, tuple(found["unpruned"]), tuple(found["left_out"]))
 
 
-def _input(opened: CheckpointModel, given: Any, shape: str | None) -> Any:
-    return ones_of_shape(opened.model, shape) if given is None else given
+def _network(opened: CheckpointModel, pruner: Pruner, given: Any, shape: str | None) -> PathNetwork:
+    """What the method looks at."""
+    if pruner.needs_paths:
+        return opened.paths(ones_of_shape(opened.model, shape) if given is None else given)
+    return opened.layers(runs=isinstance(pruner, Wanda))
 
 
 def _digest(data: Any) -> str | None:
