@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,11 +22,13 @@ from pathprune import (
     SynFlow,
     SynFlowL2,
     Wanda,
+    allocate,
     layer_network,
     prune,
     prune_checkpoint,
 )
 from pathprune.checkpoint import verify
+from pathprune.residency import Residency
 
 pytest.importorskip("transformers")
 
@@ -124,6 +127,52 @@ def test_other_data_do_not_go_on(whole, tmp_path):
 def test_methods_that_hold_gradients_are_refused(whole, tmp_path):
     with pytest.raises(ValueError, match="wanted Magnitude, Wanda, PHEW or a path method, got SNIP"):
         prune_checkpoint(whole, SNIP([torch.ones(1)]), tmp_path / "out", density=0.5)
+
+
+def test_layer_densities(whole, tmp_path):
+    """Path scores say how much a layer keeps, magnitude which weights of a row."""
+    loaded = type(llama()).from_pretrained(whole)
+    densities = allocate(loaded, 0.4, by=SynFlow(rounds=2), example_input={"input_ids": torch.zeros(1, 1).long()})
+    options = {"density": 0.4, "scope": "row", "allocation": densities}
+    made = prune_checkpoint(whole, Magnitude(), tmp_path / "out", **options)
+    assert_same_as_in_memory(loaded, whole, made, prune(loaded, Magnitude(), **options))
+    assert len({round(count.kept / count.total, 2) for count in made.masks.counts().values()}) > 2
+
+
+@pytest.mark.parametrize("method", ["magnitude", "magnitude by rows", "synflow", "wanda"])
+def test_mapped_memory_is_bounded(tmp_path, monkeypatch, method):
+    """Whenever a weight has been read, no more file pages are mapped than the budget and that weight."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        pytest.skip("needs /proc")
+
+    def mapped() -> int:
+        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        return int(fields["RssFile"].split()[0]) << 10
+
+    torch.manual_seed(0)
+    config = llama().config
+    config.hidden_size, config.intermediate_size, config.head_dim = 512, 2048, 128
+    folder = save(type(llama())(config), tmp_path / "model", shard="8MB")  # 32 MB of weights, the largest 4 MB
+    seen: list[int] = []
+    call = Residency.__call__
+
+    def watched(self, name):
+        seen.append(mapped())
+        call(self, name)
+
+    pruner, scope = {
+        "magnitude": (Magnitude(), "global"),
+        "magnitude by rows": (Magnitude(), "row"),
+        "synflow": (SynFlow(rounds=3), "global"),
+        "wanda": (Wanda(WORDS, by_blocks=True), "row"),
+    }[method]
+    prune_checkpoint(folder, pruner, tmp_path / "warm", density=0.5, scope=scope)  # loads what code it needs
+    before = mapped()
+    monkeypatch.setattr(Residency, "__call__", watched)
+    prune_checkpoint(folder, pruner, tmp_path / "out", density=0.5, scope=scope, budget=4 << 20)
+    assert len(seen) > 50
+    assert max(seen) - before < 12 << 20
 
 
 @pytest.mark.parametrize("options", [{"scope": "row"}, {"scope": "2:4"}, {"scope": "layer"}, {"exclude": "*.mlp.*"}])

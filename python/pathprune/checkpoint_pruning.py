@@ -74,6 +74,7 @@ def prune_checkpoint(
     example_input: Any = None,
     input_shape: str | None = None,
     scope: str | None = None,
+    allocation: str | Mapping[str, float] = "uniform",
     schedule: str = "exponential",
     seed: int = 0,
     include: str | Sequence[str] | None = None,
@@ -85,7 +86,9 @@ def prune_checkpoint(
 
     Shards of the same names, the masks (``masks.safetensors``), the other files of the folder and a marker with the
     checksums of all (``pathprune.json``) appear in ``out`` at once, when everything is written. Killed on the way, the
-    same call goes on where it stopped and gives the same bytes.
+    same call goes on and gives the same bytes: shards that are written stay, and masks once found; a method that was
+    still scoring begins again. The input must not change meanwhile: that is checked, but a shard cut short while it is
+    mapped ends the process.
 
     Args:
         folder: ``config.json`` and safetensors weights; see :class:`Checkpoint`.
@@ -93,7 +96,7 @@ def prune_checkpoint(
             Methods that look at paths need a model that ``torch.export`` and the path rules can read; their memory is
             bounded for linear layers of few positions (``streamed`` in :mod:`weights`), others are written out.
         out: a folder that does not exist, is empty, or is the result of the same call.
-        density, sparsity, scope, schedule, seed, include, exclude: as in ``prune``; one density.
+        density, sparsity, scope, allocation, schedule, seed, include, exclude: as in ``prune``; one density.
         example_input: of methods that look at paths; None: ones of ``input_shape``.
         input_shape: such as ``1,3,224,224``; None: the size of an image that the configuration gives.
         budget: bytes of weights that may stay in memory between two uses.
@@ -129,6 +132,7 @@ def prune_checkpoint(
         "density": density,
         "sparsity": sparsity,
         "scope": pruner.scope if scope is None else scope,
+        "allocation": allocation if isinstance(allocation, str) else dict(allocation),
         "schedule": schedule,
         "seed": seed,
         "input": _shapes(example_input) or input_shape,
@@ -150,6 +154,7 @@ def prune_checkpoint(
                 density=density,
                 sparsity=sparsity,
                 scope=scope,
+                allocation=allocation,
                 schedule=schedule,
                 seed=seed,
                 include=include,
