@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 import masked_matmul
+import nas
 import path_exclusion
 import path_kernel
 import scoring
@@ -95,6 +96,10 @@ def px_suite(quick: bool) -> list[tuple[str, Work]]:
     return [(f"px {key}", lambda b, key=key: path_exclusion.rounds(key, b)) for key in keys]
 
 
+def nas_suite(quick: bool) -> list[tuple[str, Work]]:
+    return [("space", lambda b: nas.space(b, quick))]
+
+
 SUITES = {
     "scoring": scoring_suite,
     "selection": selection_suite,
@@ -103,6 +108,7 @@ SUITES = {
     "kernel": kernel_suite,
     "px": px_suite,
     "masked_matmul": masked_matmul_suite,
+    "nas": nas_suite,
 }
 
 
@@ -121,7 +127,7 @@ def main() -> None:
         bandwidth = copy_bandwidth()
         print(f"# {suite}: {options.threads} threads, copy bandwidth {bandwidth:.3g} GB/s\n", flush=True)
         results: list[Result] = []
-        clock = "process" if suite == "masked_matmul" else "wall"
+        clock = {"masked_matmul": "process", "nas": "thread"}.get(suite, "wall")
         for name, work in SUITES[suite](options.quick):
             if options.only not in name:
                 continue

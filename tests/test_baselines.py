@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import baselines
 import harness
+import nas
 import selection_baselines as selection
 
 NETS = {
@@ -347,3 +348,15 @@ def test_results_are_saved_whole_and_printed(tmp_path):
     table = harness.markdown([result], subject="ours")
     assert "### copy" in table
     assert table.count("\n| ours |") == table.count("\n| theirs |") == 1
+
+
+# The cell space's
+
+
+def test_the_published_loop_and_plain_pytorch_score_cells_alike(monkeypatch):
+    tensors = nas.SPACE.draw(0)
+    sample = [nas.SPACE[k] for k in (0, 9631, 12418)]
+    assert nas.verify(sample, tensors).startswith("3 architectures: ")
+    monkeypatch.setattr(nas, "published", lambda *_: 100.0)
+    with pytest.raises(AssertionError, match="nas: "):
+        nas.verify(sample, tensors)

@@ -290,19 +290,6 @@ def test_a_network_with_other_values():
     assert masks == prune(model, Magnitude(), density=0.5, example_input=torch.ones(1, 4))
 
 
-@pytest.mark.parametrize(
-    ("value", "got"),
-    [(None, "none"), (torch.ones(3, 4, device="meta"), "a meta tensor"), (torch.ones(4, 3), r"\[4, 3\]")],
-)
-def test_values_that_are_not_those_of_the_model(value, got):
-    model = torch.nn.Sequential(torch.nn.Linear(4, 3))
-    tensors = {"0.bias": torch.ones(3)} | ({} if value is None else {"0.weight": value})
-    with pytest.raises(
-        ValueError, match=rf"PathNetwork: tensors: 0.weight: wanted values of shape \[3, 4\], got {got}"
-    ):
-        PathNetwork.from_module(model, torch.ones(1, 4), tensors)
-
-
 def test_meta_weights_stay_an_error():
     with torch.device("meta"):
         model = torch.nn.Sequential(torch.nn.Linear(4, 3))

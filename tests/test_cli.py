@@ -277,3 +277,35 @@ def test_model_factories_of_the_package_work_by_name() -> None:
     expected = models.resnet20()
     assert all(map(torch.equal, network.state_dict().values(), expected.state_dict().values()))
     assert not network.training
+
+
+# ------------------------------------------------------------------------------------------------- score-space
+
+
+def test_score_space_writes_a_table_and_goes_on(tmp_path):
+    out = tmp_path / "scores.jsonl"
+    options = ["score-space", "--out", str(out), "--sample", "5", "--seed", "3", "--top", "2"]
+    options += ["--method", "log2_R", "--method", "path_count"]
+    first = CliRunner().invoke(cli.app, options)
+    assert first.exit_code == 0, first.output
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert rows[0]["methods"] == ["log2_R", "path_count"] and len(rows) == 6
+    best = max(rows[1:], key=lambda row: -1e9 if row["log2_R"] is None else row["log2_R"])
+    assert f"{best['log2_R']:.3f}" in first.output and "5 architectures in" in first.output
+    written = out.read_bytes()
+    again = CliRunner().invoke(cli.app, options)
+    assert again.exit_code == 0 and out.read_bytes() == written
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--method", "naswot"], "score_space: method: wanted different ones of"),
+        (["--weights", "old"], "score_space: weights: wanted 'shared', 'fresh' or tensors, got 'old'"),
+        (["--sample", "0"], "--sample: wanted 1 to 15625, got 0"),
+    ],
+)
+def test_score_space_refuses_in_a_line_and_writes_nothing(tmp_path, options, said):
+    found = CliRunner().invoke(cli.app, ["score-space", "--out", str(tmp_path / "s.jsonl"), *options])
+    assert found.exit_code == 1 and said in found.output and len(found.output.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []

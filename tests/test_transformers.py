@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 import pathprune as pp
 from pathprune.network import PathNetwork
 from pathprune.ops import WeightMap
+from pathprune.spatial import merge_equal_positions
 from test_attention import entering, scored
 
 transformers = pytest.importorskip("transformers")
@@ -90,17 +92,11 @@ def test_every_architecture_is_read_scored_and_conserved(name: str) -> None:
 @pytest.mark.parametrize("name", ["ViT", "Swin", "BERT", "Llama", "Mixtral"])
 def test_bfloat16_scores_are_finite_and_rank_as_float64(name: str) -> None:
     model, inputs = tiny(name)
-    weights = {key: value.clone() for key, value in model.state_dict().items()}
-    try:
-        model.to(torch.bfloat16)
-        inputs = {key: x.bfloat16() if x.is_floating_point() else x for key, x in inputs.items()}
-        low = scored(PathNetwork.from_module(model, inputs))
-        model.double()
-        inputs = {key: x.double() if x.is_floating_point() else x for key, x in inputs.items()}
-        high = scored(PathNetwork.from_module(model, inputs))
-    finally:
-        model.float()
-        model.load_state_dict(weights)
+    low_model, high_model = copy.deepcopy(model).bfloat16(), copy.deepcopy(model).bfloat16().double()
+    inputs = {key: x.bfloat16() if x.is_floating_point() else x for key, x in inputs.items()}
+    low = scored(PathNetwork.from_module(low_model, inputs))
+    inputs = {key: x.double() if x.is_floating_point() else x for key, x in inputs.items()}
+    high = scored(PathNetwork.from_module(high_model, inputs))
     assert low[0] == pytest.approx(high[0], abs=1e-3)
     for key, score in high[1].items():
         torch.testing.assert_close(low[1][key], score, rtol=2e-2, atol=float(score.max()) * 1e-4)
@@ -121,6 +117,45 @@ def test_masks_have_the_exact_density_and_apply(name: str) -> None:
         out = model(**inputs)
     model.load_state_dict(weights)
     assert bool(out[0].isfinite().all())
+
+
+# The share of the synapses' units that is left when equal positions are computed once: paths; published.
+LEFT = {"ViT": (0.2, 1), "DeiT": (0.2, 0.2), "ConvNeXt": (0.9, 0.9), "BERT": (0.2, 1)}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("policy", ["paths", "published"])
+def test_equal_tokens_are_computed_once(name: str, policy: str) -> None:
+    network = PathNetwork.from_module(*tiny(name))
+    merged = merge_equal_positions(network, policy)
+    for f in (WeightMap.ABS, WeightMap.SQUARE):
+        wanted, got = scored(network, f=f, policy=policy), scored(merged, f=f, policy=policy)
+        assert got[0] == pytest.approx(wanted[0], abs=1e-5)
+        for key, score in wanted[1].items():
+            torch.testing.assert_close(got[1][key], score, rtol=1e-3, atol=float(score.max()) * 1e-5)
+    units = [sum(net.nodes[k].shape.numel() for k in net.synapses()) for net in (network, merged)]
+    assert units[1] <= LEFT.get(name, (1, 1))[policy == "published"] * units[0]
+
+
+def test_tokens_that_constants_tell_apart_stay_apart_for_ensembles() -> None:
+    """DeiT's positions begin as zeros; members of an ensemble may have others."""
+    model, inputs = tiny("DeiT")
+    network = PathNetwork.from_module(model, inputs)
+    other = {key: value.clone() for key, value in model.state_dict().items()}
+    torch.manual_seed(2)
+    other["deit.embeddings.position_embeddings"].normal_()
+    method = pp.SynFlow(rounds=1)
+    one, two = pp.scores([network.tensors, {**network.tensors, **other}], method, architecture=network)
+    held = model.deit.embeddings.position_embeddings.detach().clone()
+    try:
+        with torch.no_grad():
+            model.deit.embeddings.position_embeddings.copy_(other["deit.embeddings.position_embeddings"])
+        alone = pp.scores(model, method, example_input=inputs)
+    finally:
+        with torch.no_grad():
+            model.deit.embeddings.position_embeddings.copy_(held)
+    assert two.log2_R == pytest.approx(alone.log2_R, abs=1e-4)
+    assert one.log2_R != pytest.approx(two.log2_R, abs=1e-3)
 
 
 def test_eager_and_fused_attention_score_alike() -> None:
@@ -257,15 +292,10 @@ def test_scores_of_images_are_those_of_autograd_through_the_rules() -> None:
 
 def matches_autograd(name: str, rules: Callable[..., Tensor], source: Tensor) -> None:
     model, inputs = tiny(name)
-    weights = {key: value.clone() for key, value in model.state_dict().items()}
-    try:
-        model.double()
-        inputs = {key: x.double() if x.is_floating_point() else x for key, x in inputs.items()}
-        log2_total, scores, _ = scored(PathNetwork.from_module(model, inputs), source)
-        leaves = {key: value.abs().requires_grad_() for key, value in model.state_dict().items()}
-    finally:
-        model.float()
-        model.load_state_dict(weights)
+    model = copy.deepcopy(model).double()
+    inputs = {key: x.double() if x.is_floating_point() else x for key, x in inputs.items()}
+    log2_total, scores, _ = scored(PathNetwork.from_module(model, inputs), source)
+    leaves = {key: value.abs().requires_grad_() for key, value in model.state_dict().items()}
     total = rules(leaves, source).sum()
     total.backward()
     exactly = {"Llama": 1e-6, "Mixtral": 1e-6}.get(name, 1e-9)  # models turn queries in float32

@@ -9,12 +9,14 @@ masks.apply_(model)
 from ._mask_io import MaskFileError, MaskMismatchError
 from .allocation import allocate
 from .batches import class_balanced
+from .cell_space import CellSpace
 from .checkpoint import Checkpoint
 from .checkpoint_pruning import PrunedCheckpoint, prune_checkpoint
 from .comparison import Comparison, compare
 from .convergence import Convergence, predict_convergence
 from .gradient_moments import GradientMoments, gradient_moments
 from .layers import layer_network
+from .many_networks import score_many
 from .masked import PackedMask, masked_matmul, pack_mask
 from .masks import Masks
 from .mean_field import EdgeOfChaos, chi, critical_sparsity_bound, edge_of_chaos, edge_of_chaos_init_
@@ -52,9 +54,12 @@ from .pruning import prune
 from .report import PathCounts, Report, path_counts
 from .rescaling import Rescaling, rescale_
 from .sanity import Inverted, random_labels, reinit, shuffled_pixels
+from .score_table import NetworkScore
 from .scoring import NetworkScores, scores
 from .select import NonFiniteScoreError, Threshold, keep_masks, select_threshold
+from .sharded_masks import ShardedMasks
 from .shards import CheckpointError
+from .space_scores import score_space
 from .sparse import SparseConv2d, SparseLinear, densify, load_sparse, save_sparse, sparsify
 from .stable_resnet import StableResNet, stable_resnet
 from .tangent_kernel import ntk, ntk_trace, ntk_trace_bound, path_activations
@@ -67,6 +72,7 @@ __all__ = [
     "PX",
     "SBP",
     "SNIP",
+    "CellSpace",
     "Checkpoint",
     "CheckpointError",
     "Comparison",
@@ -82,6 +88,7 @@ __all__ = [
     "MaskFileError",
     "MaskMismatchError",
     "Masks",
+    "NetworkScore",
     "NetworkScores",
     "NonFiniteScoreError",
     "PXExact",
@@ -96,6 +103,7 @@ __all__ = [
     "Random",
     "Report",
     "Rescaling",
+    "ShardedMasks",
     "Sketch",
     "SparseConv2d",
     "SparseLinear",
@@ -140,6 +148,8 @@ __all__ = [
     "sample_paths",
     "sample_with_replacement",
     "save_sparse",
+    "score_many",
+    "score_space",
     "scores",
     "select_threshold",
     "shuffled_pixels",

@@ -14,12 +14,15 @@ import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+
+from .distributed import whole
+from .stores import held, is_offloaded
 
 PIECE = 1 << 20  # weights handled at once: a multiple of 8, and small enough for no temporary to matter
 FORMAT = "pathprune.masks"
@@ -28,6 +31,22 @@ FORMAT_VERSION = "1"
 Layers = dict[str, tuple[Tensor, torch.Size]]  # name -> (bits uint8 [ceil(n / 8)], shape of the weight)
 
 _ONES_IN_BYTE = torch.tensor([byte.bit_count() for byte in range(256)])
+
+
+class Count(NamedTuple):
+    """Weights of one layer."""
+
+    kept: int
+    total: int
+
+
+class Width(NamedTuple):
+    """Units of one layer: rows are dimension 0, columns dimension 1; live ones keep at least one weight."""
+
+    live_rows: int
+    rows: int
+    live_columns: int
+    columns: int
 
 
 class MaskFileError(ValueError):
@@ -184,7 +203,8 @@ def base_hash(
 ) -> str:
     """Fingerprint of dense weights: blake2b over name, shape, dtype and values of each, in order of name.
 
-    Neither the device nor the strides of a weight matter; its dtype and each of its bits do.
+    Neither the device nor the strides of a weight matter, nor over which ranks it is spread (one is gathered at a
+    time); its dtype and each of its bits do.
 
     Args:
         model: holds a parameter of each name; or those tensors, by name.
@@ -199,11 +219,14 @@ def base_hash(
         ValueError: a parameter is on the meta device: it has no values.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False)) if isinstance(model, nn.Module) else model
+    wanted = sorted(names)
+    if isinstance(model, nn.Module) and any(parameters[name].is_meta for name in wanted) and is_offloaded(model):
+        parameters = {**parameters, **held(model)}
     digest = hashlib.blake2b(digest_size=16)
-    for name in sorted(names):
-        weight = parameters[name].detach()
-        if weight.is_meta:
+    for name in wanted:
+        if parameters[name].is_meta:
             raise ValueError(f"base_hash: {name}: wanted a weight with values, got one on the meta device")
+        weight = whole(parameters[name])
         digest.update(json.dumps([name, list(weight.shape), str(weight.dtype)]).encode())
         for _, piece in flat_pieces(weight):
             values = piece.reshape(-1).cpu().contiguous().view(torch.uint8)
@@ -365,26 +388,6 @@ def dense_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: weight for name, weight in model.named_parameters() if weight.ndim >= 2 and weight in used}
 
 
-def refuse_unwritable(model: nn.Module, name: str, weight: Tensor) -> None:
-    """Raises ValueError for a parameter in which zeros written in place would fail or be lost."""
-    if weight.is_meta:
-        holder = model.get_submodule(name.rpartition(".")[0])
-        offloaded = "accelerate has offloaded it: apply the masks before the model is dispatched"
-        hint = offloaded if hasattr(holder, "_hf_hook") else "load the weights first"
-        reason = f"it is on the meta device and has no values ({hint})"
-    elif weight.layout is not torch.strided:
-        reason = f"its layout is {weight.layout}, not dense"
-    elif hasattr(weight, "to_local"):
-        reason = "it is distributed: apply the masks before the model is sharded"
-    elif weight.is_inference():
-        reason = "it was made under torch.inference_mode()"
-    elif any(step == 0 and size > 1 for step, size in zip(weight.stride(), weight.shape, strict=True)):
-        reason = "several of its elements share memory"
-    else:
-        return
-    raise ValueError(f"masks: {name} cannot be written: {reason}")
-
-
 def compare(model: nn.Module, shapes: Mapping[str, Sequence[int]], recorded: str | None) -> Difference:
     """What sets masks and a model apart.
 
@@ -403,7 +406,8 @@ def compare(model: nn.Module, shapes: Mapping[str, Sequence[int]], recorded: str
     covered = {present[name] for name in shapes if name in present}
     unmasked = [name for name, weight in dense_weights(model).items() if weight not in covered]
     base = None
-    if recorded and not absent and not other and not any(weight.is_meta for weight in covered):
+    has_values = is_offloaded(model) or not any(weight.is_meta for weight in covered)
+    if recorded and not absent and not other and has_values:
         found = base_hash(model, shapes)
         base = (recorded, found) if found != recorded else None
     return Difference(tuple(absent), tuple(unmasked), tuple(other), base, naming_hint(absent, present))
@@ -415,81 +419,3 @@ def provenance(operation: str, operands: Sequence[Any], **facts: Any) -> dict[st
     bases = {facts.get("base_hash") for facts in own}
     base = {"base_hash": bases.pop()} if len(bases) == 1 and None not in bases else {}
     return {"operation": operation, "operands": own, **facts, **base}
-
-
-def write_zeros(weight: Tensor, packed: Tensor) -> None:
-    """Zero, in place, wherever the bit is not set."""
-    for start, piece in flat_pieces(weight.detach()):
-        kept = unpack_bits(packed, start, start + piece.numel(), piece.device)
-        piece.masked_fill_(~kept.view(piece.shape), 0)
-
-
-class Maintenance:
-    """Keeps removed weights at exact zero while an optimizer trains: a context manager, or call `remove()`.
-
-    Gradients are masked as they are accumulated, so that clipping by norm sees kept weights only. That alone
-    is not enough: momentum from before pruning would still move removed weights. So after each step the
-    parameters, and every floating-point state tensor of a parameter's shape (momentum, exp_avg, ...), are
-    masked too. Costs one byte per trained weight, on its device. Nothing is stored in the model, which can be
-    copied, pickled and saved meanwhile.
-
-    Args:
-        masked: parameter -> bits uint8 [ceil(n / 8)] of its mask; may join the optimizer later.
-        optimizer: any torch optimizer; a wrapper that keeps the real one in `.optimizer` is seen through.
-
-    Raises:
-        ValueError: the optimizer holds none of the parameters. Nothing was written.
-    """
-
-    def __init__(self, masked: Mapping[nn.Parameter, Tensor], optimizer: torch.optim.Optimizer) -> None:
-        optimizer = getattr(optimizer, "optimizer", optimizer)
-        self._bits = dict(masked)
-        self._removed: dict[tuple[nn.Parameter, torch.device], Tensor] = {}
-        self._handles: list[Any] = []
-        held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
-        if self._bits and held.isdisjoint(self._bits):
-            raise ValueError("maintain: optimizer: wanted one of this model, got one of no masked parameter")
-        for parameter, packed in self._bits.items():
-            write_zeros(parameter, packed)
-            self._mask_gradient(parameter)
-        self._mask_optimized(optimizer)
-        for parameter in self._bits:
-            if parameter.requires_grad:
-                self._handles.append(parameter.register_post_accumulate_grad_hook(self._mask_gradient))
-        self._handles.append(optimizer.register_step_post_hook(self._mask_optimized))
-
-    def remove(self) -> None:
-        """Ends the maintenance; the weights stay as they are. May be called again."""
-        while self._handles:
-            self._handles.pop().remove()
-        self._bits.clear()
-        self._removed.clear()
-
-    def __enter__(self) -> Maintenance:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.remove()
-
-    def _mask(self, parameter: nn.Parameter, tensor: Tensor) -> None:
-        key = (parameter, tensor.device)
-        if key not in self._removed:
-            self._removed[key] = ~unpack_mask(self._bits[parameter], parameter.shape, tensor.device)
-        tensor.masked_fill_(self._removed[key], 0)
-
-    def _mask_gradient(self, parameter: nn.Parameter) -> None:
-        if parameter.grad is not None and parameter.grad.layout is torch.strided:
-            self._mask(parameter, parameter.grad)
-
-    @torch.no_grad()
-    def _mask_optimized(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter not in self._bits:
-                    continue
-                self._mask(parameter, parameter)
-                for state in optimizer.state.get(parameter, {}).values():
-                    if not isinstance(state, Tensor) or state.shape != parameter.shape:
-                        continue
-                    if state.is_floating_point():  # integers are codes, in which 0 need not mean zero
-                        self._mask(parameter, state)

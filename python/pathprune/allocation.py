@@ -26,7 +26,7 @@ from .ops import WeightMap
 from .pruners import Wanda
 from .pruners.base import Pruner
 from .pruning import prune
-from .reals import Real
+from .real import Real
 from .schedules import layer_densities
 from .select import Bracket, Scores
 from .weights import weights_of

@@ -35,7 +35,7 @@ def _attention(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
     similar = torch.Size((*similar, shapes[1][-2]))
     product = t.add(Product((query, key), similar, apply=lambda q, k: q @ k.mT), node)
     added = _added(t, a["attn_mask"], a["is_causal"], similar)
-    weights = t.add(Softmax((product,), similar, added=added, dim=-1), node)
+    weights = t.add(Softmax((product,), similar, weights=_attended(added, -1), dim=-1), node)
     return t.add(Product((weights, value), t.shape(node), apply=torch.matmul), node)
 
 
@@ -92,8 +92,18 @@ def _softmax(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
     product, shape = t.flow(source), t.shape(node)
     added = t.constant(node.args[0], zero=source, through=passed)
     if t.shape(source) != shape:  # the batch laid out anew
-        product = t.add(Wire((product,), shape, apply=lambda xs, p: xs[0].reshape(shape)), node)
-    return t.add(Softmax((product,), shape, added=added, dim=a["dim"]), node)
+        product = t.add(Wire((product,), shape, apply=lambda xs, p: xs[0].reshape(shape), reshapes=True), node)
+    return t.add(Softmax((product,), shape, weights=_attended(added, a["dim"]), dim=a["dim"]), node)
+
+
+def _attended(added: Expression, dim: int) -> Expression:
+    """The softmax of what is added; nothing below what float32 can tell from zero, nor in a row that may not attend."""
+
+    def expression(tensors: Tensors) -> Tensor:
+        weights = added(tensors).double().softmax(dim).nan_to_num(0.0)
+        return torch.where(weights > 2.0**-126, weights, 0.0)
+
+    return expression
 
 
 def _is_contraction(t: Tracer, value: Any) -> bool:

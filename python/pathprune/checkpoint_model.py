@@ -73,7 +73,10 @@ class CheckpointModel:
         """
         self._check(self.tensors)
         self._check_whole()
-        return self._watched(PathNetwork.from_module(self.model, example_input, self.tensors))
+        network = PathNetwork.from_module(self.model, example_input)
+        for name in network.tensors:  # where dtypes are mixed, the model has copies
+            network.tensors[name] = self.tensors[name]
+        return self._watched(network)
 
     def _check_whole(self) -> None:
         if self.absent:

@@ -1,4 +1,4 @@
-"""The ``pathprune`` command: info, prune, prune-checkpoint, support, report.
+"""The ``pathprune`` command: info, prune, prune-checkpoint, support, report, score-space.
 
 Exit codes: 0 done, 1 a mistake or a failure (one line on stderr), 2 wrong usage, 130 interrupted (to a shell: an
 interrupt inside generated source ends CPython by the signal itself).
@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import enum
 import os
+import random
 import shutil
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 from . import info as installation
+from .cell_space import CellSpace
 from .checkpoint_pruning import prune_checkpoint as prune_files
 from .loading import example_input, load_model, read_tokens
 from .masks import Masks
@@ -25,6 +28,10 @@ from .network import PathNetwork
 from .pruners import NTKSAP, PHEW, Magnitude, Pruner, Random, SynFlow, SynFlowL2, TraceSaliency, Wanda
 from .pruning import prune as prune_model
 from .report import Report
+from .score_table import FLAGS
+from .space_scores import SPACE_METHODS
+from .space_scores import score_space as score_cells
+from .tables import table
 
 try:
     import typer
@@ -227,6 +234,42 @@ def report(
         if plot is not None:
             _plot(found, plot)
     typer.echo(str(found))
+
+
+@app.command("score-space")
+def score_space(
+    out: Annotated[Path, typer.Option(help="JSON-lines file; if it is there, the run goes on where it stopped.")],
+    method: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(SPACE_METHODS)}; repeatable.")] = None,
+    weights: Annotated[str, typer.Option(help="shared (one supernet) or fresh (every cell its own).")] = "shared",
+    sample: Annotated[int | None, typer.Option(help="Score so many cells, drawn from the seed; default: all.")] = None,
+    seed: Seed = 0,
+    batch: Annotated[int, typer.Option(help="Architectures in a flow.")] = 256,
+    top: Annotated[int, typer.Option(help="How many of the best to show, by the first method.")] = 10,
+) -> None:
+    """Score the 15,625 cells of NAS-Bench-201's space, or a sample, without data."""
+    with _one_line_errors():
+        space, methods = CellSpace(), method or ["synflow"]
+        architectures = None
+        if sample is not None:
+            if not 1 <= sample <= len(space):
+                raise ValueError(f"--sample: wanted 1 to {len(space)}, got {sample}")
+            architectures = [space[k] for k in sorted(random.Random(seed).sample(range(len(space)), sample))]
+        began = time.perf_counter()
+        rows = []
+        total = len(space) if sample is None else sample
+        for row in score_cells(
+            space, methods, architectures=architectures, weights=weights, seed=seed, batch=batch, results=out
+        ):
+            rows.append(row)
+            if len(rows) % 1000 == 0:
+                typer.echo(f"{len(rows)} of {total}", err=True)
+        seconds = time.perf_counter() - began
+        best = sorted(rows, key=lambda row: (-row.scores[methods[0]], row.name))[:top]
+        lines = [[row.name, *(f"{row.scores[name]:.3f}" for name in methods)] for row in best]
+    typer.echo(table(["architecture", *methods], lines))
+    counts = {flag: sum(flag in row.flags for row in rows) for flag in FLAGS}
+    flagged = ", ".join(f"{count} {flag}" for flag, count in counts.items() if count) or "none flagged"
+    typer.echo(f"\n{len(rows)} architectures in {seconds:.1f} s: {flagged}. Written to {out}")
 
 
 def _plot(found: Report, path: Path) -> None:

@@ -119,7 +119,8 @@ class PathFlow(ScaledArithmetic):
             value = self._powered(node, node.value)
             return value if bool(value.any()) else None
         if isinstance(node, kinds.Softmax):
-            return self._powered(node, lambda tensors: _attended(node, tensors), keeps_zeros=True)
+            weights = self._powered(node, node.weights, keeps_zeros=True)
+            return weights if node.repeats is None else weights * node.repeats.to(weights)
         if isinstance(node, kinds.Constant):
             value = self._powered(node, node.value)
             return torch.zeros_like(value) if drops_biases else value
@@ -466,13 +467,6 @@ class PathFlow(ScaledArithmetic):
         if wants_scores:
             weight.write_scores(found.pop(0).contiguous(), x.exponent + g.exponent)
         return self._normalised(inward, g.exponent)
-
-
-def _attended(node: kinds.Softmax, tensors: kinds.Tensors) -> Tensor:
-    """What attention attends with where similarities are zero; nothing below what float32 can tell from zero."""
-    added = node.added(tensors).double()
-    weights = added.softmax(node.dim).nan_to_num(0.0)  # a row that may attend to nothing
-    return torch.where(weights > 2.0**-126, weights, 0.0)
 
 
 def _turned(node: Synapse, weight: Weight) -> bool:

@@ -86,13 +86,16 @@ class Reach:
         return cls(layers, tuple(branches), {})
 
 
-def reach(network: PathNetwork, weights: Mapping[str, Weight], *, keep_bits: bool = False) -> Reach:
+def reach(
+    network: PathNetwork, weights: Mapping[str, Weight], *, keep_bits: bool = False, attention: str = "half"
+) -> Reach:
     """What paths reach under the masks the weights have now. The weights are left as they are.
 
     Args:
         network: with all its positions or with equal ones merged: the answer is the same.
         weights: one for each tensor the synapses use.
         keep_bits: also return which weights are alive, at one bit each.
+        attention: ``values``: paths pass attention by its values alone, not by its queries and keys.
 
     Determinism: exact.
     """
@@ -102,12 +105,13 @@ def reach(network: PathNetwork, weights: Mapping[str, Weight], *, keep_bits: boo
         assert isinstance(node, Synapse)
         synapses.setdefault(node.weight, node)
     counted = {name: _counting(weights[name], node) for name, node in synapses.items()}
-    flow = _Reachability(network, counted)
+    flow = _Reachability(network, counted, attention)
     flow.forward()
     flow.backward()
     layers, packed = {}, {}
     for name, node in synapses.items():
-        words, weight = flow.live.pop(name), counted[name]
+        weight = counted[name]
+        words = weight.whole_words(flow.live.pop(name))
         layers[name] = _layer(weight, node, words)
         if keep_bits:
             packed[name] = (_bits(words, weight.columns), weight.shape)
@@ -117,8 +121,9 @@ def reach(network: PathNetwork, weights: Mapping[str, Weight], *, keep_bits: boo
 class _Reachability(PathFlow):
     """Flow that says only where it is: zero where no path comes, positive where one does."""
 
-    def __init__(self, network: PathNetwork, weights: Mapping[str, Weight]) -> None:
-        super().__init__(network, weights, f=WeightMap.ONE, policy=policy_of("paths", norm="unit"))
+    def __init__(self, network: PathNetwork, weights: Mapping[str, Weight], attention: str) -> None:
+        policy = policy_of("paths", norm="unit", attention=attention)
+        super().__init__(network, weights, f=WeightMap.ONE, policy=policy)
         self.live: dict[str, Tensor] = {}  # weight name -> mask words of the weights on a path
         self.open: dict[tuple[int, int], bool] = {}  # (sum, position of the summand) -> whether a path runs there
         self._summands: dict[int, list[Tensor]] = {}

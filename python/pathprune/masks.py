@@ -13,35 +13,22 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import prune as torch_prune
 
 from pathprune import _mask_io as bits
-from pathprune._mask_io import Difference, Maintenance, MaskFileError, MaskMismatchError, listed
+from pathprune import torch_prune
+from pathprune._mask_io import Count, Difference, MaskFileError, MaskMismatchError, Width, listed
+from pathprune.distributed import is_spread, local, placed_like, reshard, whole
+from pathprune.maintenance import Maintenance, write_zeros
+from pathprune.stores import copies, written
 
 if TYPE_CHECKING:
     from .report import Report
 
 OnOtherBase = Literal["warn", "raise", "ignore"]
-
-
-class Count(NamedTuple):
-    """Weights of one layer."""
-
-    kept: int
-    total: int
-
-
-class Width(NamedTuple):
-    """Units of one layer: rows are dimension 0, columns dimension 1; live ones keep at least one weight."""
-
-    live_rows: int
-    rows: int
-    live_columns: int
-    columns: int
 
 
 class Masks(Mapping[str, Tensor]):
@@ -97,6 +84,10 @@ class Masks(Mapping[str, Tensor]):
         masks = cls.__new__(cls)
         masks._fill(layers, metadata)
         return masks
+
+    def _like(self, layers: bits.Layers, metadata: Mapping[str, Any] | None) -> Masks:
+        """Masks of the same weights."""
+        return self._of(layers, metadata)
 
     @classmethod
     def from_packed(
@@ -154,6 +145,7 @@ class Masks(Mapping[str, Tensor]):
             KeyError: the model has no parameter of a given name.
             ValueError: a parameter is on the meta device.
         """
+        reshard(model)
         weights = bits.dense_weights(model)
         if names is not None:
             parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -162,7 +154,7 @@ class Masks(Mapping[str, Tensor]):
         for name, weight in weights.items():
             if weight.is_meta:
                 raise ValueError(f"Masks.from_model: {name}: wanted values, got a weight on the meta device")
-            layers[name] = (bits.pack_bits(weight), weight.shape)
+            layers[name] = (bits.pack_bits(whole(weight)), weight.shape)
         return cls._of(layers, None)
 
     @classmethod
@@ -174,22 +166,7 @@ class Masks(Mapping[str, Tensor]):
         Raises:
             ValueError: nothing in the model is pruned that way.
         """
-        layers: bits.Layers = {}
-        seen: dict[tuple[int, bytes], str] = {}
-        for prefix, module in model.named_modules():
-            for hook in module._forward_pre_hooks.values():
-                if not isinstance(hook, torch_prune.BasePruningMethod):
-                    continue
-                attribute = hook._tensor_name
-                mask = getattr(module, f"{attribute}_mask")
-                packed = bits.pack_bits(mask)
-                origin = id(getattr(module, f"{attribute}_orig"))
-                name = f"{prefix}.{attribute}" if prefix else attribute
-                if seen.setdefault((origin, packed.numpy().tobytes()), name) == name:
-                    layers[name] = (packed, mask.shape)
-        if not layers:
-            raise ValueError("Masks.from_torch_prune: no tensor of the model is under torch.nn.utils.prune")
-        return cls._of(layers, None)
+        return cls._of(torch_prune.layers_of(model), None)
 
     # The mapping.
 
@@ -217,7 +194,7 @@ class Masks(Mapping[str, Tensor]):
 
     def to(self, device: torch.device | str) -> Masks:
         """The same masks, whose tensors are made on `device`; the bits stay shared, on the CPU."""
-        masks = self._of(self._layers, self.metadata)
+        masks = self._like(self._layers, self.metadata)
         masks._device = torch.device(device)
         return masks
 
@@ -274,7 +251,7 @@ class Masks(Mapping[str, Tensor]):
         layers = {}
         for name, (packed, shape) in self._layers.items():
             layers[name] = (bits.clear_padding(~packed, math.prod(shape)), shape)
-        return self._of(layers, bits.provenance("invert", [self]))
+        return self._like(layers, bits.provenance("invert", [self]))
 
     def invert(self) -> Masks:
         """Keeps what was removed and removes what was kept: `~masks`."""
@@ -301,7 +278,7 @@ class Masks(Mapping[str, Tensor]):
                     votes += bits.unpack_bits(member._layers[name][0], start, stop)
                 kept[start // 8 : -(-stop // 8)] = bits.pack_bits(votes >= at_least)
             layers[name] = (kept, shape)
-        return cls._of(layers, bits.provenance("soup", masks, at_least=at_least))
+        return masks[0]._like(layers, bits.provenance("soup", masks, at_least=at_least))
 
     def shuffle(self, seed: int | torch.Generator) -> Masks:
         """Permutes each layer's mask at random: its count stays, which weights they were is forgotten.
@@ -317,7 +294,7 @@ class Masks(Mapping[str, Tensor]):
         for name, (_, shape) in self._layers.items():
             key = hashlib.blake2b(json.dumps([int(seed), name]).encode(), digest_size=16).digest()
             layers[name] = (bits.scattered_bits(*counts[name], int.from_bytes(key, "little")), shape)
-        return self._of(layers, bits.provenance("shuffle", [self], seed=int(seed)))
+        return self._like(layers, bits.provenance("shuffle", [self], seed=int(seed)))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Masks):
@@ -350,7 +327,7 @@ class Masks(Mapping[str, Tensor]):
             for other in others:
                 packed = combine(packed, other._layers[name][0])
             layers[name] = (packed, shape)
-        return self._of(layers, bits.provenance(operation, [self, *others]))
+        return self._like(layers, bits.provenance(operation, [self, *others]))
 
     # Files.
 
@@ -389,8 +366,8 @@ class Masks(Mapping[str, Tensor]):
         Args:
             base: also hash the covered weights, if the masks recorded a hash; reads all of them.
         """
-        shapes = {name: shape for name, (_, shape) in self._layers.items()}
-        return bits.compare(model, shapes, self.metadata.get("base_hash") if base else None)
+        reshard(model)
+        return bits.compare(model, self._shapes(), self.metadata.get("base_hash") if base else None)
 
     def check(self, model: nn.Module, *, strict: bool = True, base: OnOtherBase = "warn") -> Difference:
         """Refuses a model that these masks do not fit; writes nothing.
@@ -405,7 +382,7 @@ class Masks(Mapping[str, Tensor]):
 
         Raises:
             MaskMismatchError: names, shapes or (base="raise") weights differ; a tied weight has two masks.
-            ValueError: a weight cannot be written (meta device, sparse, distributed, ...).
+            ValueError: a weight cannot be written (meta device, sparse, a checkpoint's own file, ...).
         """
         if base not in ("warn", "raise", "ignore"):
             raise ValueError(f"masks: base: wanted 'warn', 'raise' or 'ignore', got {base!r}")
@@ -419,28 +396,44 @@ class Masks(Mapping[str, Tensor]):
             warnings.warn(f"masks made on other weights than the model has: {difference}", stacklevel=3)
         return difference
 
-    def _targets(self, model: nn.Module) -> dict[nn.Parameter, str]:
-        """The parameters to write, each once, and the first name that the masks have for it."""
+    def _shapes(self) -> dict[str, torch.Size]:
+        """Of the weights."""
+        return {name: shape for name, (_, shape) in self._layers.items()}
+
+    def _here(self, name: str, weight: Tensor) -> Tensor:
+        """The bits of what this process holds of a weight."""
+        packed, shape = self._layers[name]
+        return (
+            bits.pack_bits(local(placed_like(weight, bits.unpack_mask(packed, shape)))) if is_spread(weight) else packed
+        )
+
+    def _targets(self, model: nn.Module, *, in_place: bool = False) -> dict[nn.Parameter, tuple[str, Tensor]]:
+        """The parameters to write, each once, the first name that the masks have for it, and its memory.
+
+        Args:
+            in_place: the parameters themselves are to be trained.
+        """
         present = dict(model.named_parameters(remove_duplicate=False))
-        targets: dict[nn.Parameter, str] = {}
+        targets: dict[nn.Parameter, tuple[str, Tensor]] = {}
         first: dict[tuple[object, ...], str] = {}
         for name, (packed, _) in self._layers.items():
             if name not in present:
                 continue
             weight = present[name]
-            bits.refuse_unwritable(model, name, weight)
-            memory = (weight.device, weight.data_ptr(), weight.shape, weight.stride())
+            here = written(model, name, weight, in_place=in_place)
+            memory = (here.device, here.data_ptr() if here.numel() else id(weight), here.shape, here.stride())
             tied = first.setdefault(memory, name)
             if not torch.equal(packed, self._layers[tied][0]):
                 raise MaskMismatchError(f"{tied} and {name} are one tied weight but have different masks")
-            targets.setdefault(weight, name)
+            targets.setdefault(weight, (name, here))
         return targets
 
     def apply_(self, model: nn.Module, *, strict: bool = True, base: OnOtherBase = "warn") -> nn.Module:
         """Writes zeros over the removed weights, in place: NaN and infinities too become exact zeros.
 
         Keys, dtypes, storage and requires_grad stay as they are; a tied parameter is written once; all checks
-        come before the first write.
+        come before the first write. Parameters that are DTensors (FSDP2) are written where they lie, so every rank
+        calls this; those that accelerate has offloaded are written in its store.
 
         Args, Raises: as `check`.
 
@@ -448,8 +441,9 @@ class Masks(Mapping[str, Tensor]):
             The model.
         """
         self.check(model, strict=strict, base=base)
-        for weight, name in self._targets(model).items():
-            bits.write_zeros(weight, self._layers[name][0])
+        for weight, (name, here) in self._targets(model).items():
+            for memory in (here, *copies(model, name, weight)):
+                write_zeros(memory, self._here(name, weight))
         return model
 
     def maintain(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Maintenance:
@@ -458,13 +452,14 @@ class Masks(Mapping[str, Tensor]):
             with masks.maintain(model, optimizer):
                 train(model, optimizer)
 
-        Zeros survive momentum and weight decay; see `Maintenance` for how, and for `remove()`.
+        Zeros survive momentum and weight decay; see `Maintenance` for how, and for `remove()`. Under FSDP2 every rank
+        calls this after `fully_shard`, with an optimizer of its sharded parameters.
 
         Raises: as `check`; ValueError if the optimizer holds none of the masked parameters.
         """
         self.check(model, base="ignore")
-        masked = {weight: self._layers[name][0] for weight, name in self._targets(model).items()}
-        return Maintenance(masked, optimizer)
+        targets = self._targets(model, in_place=True)
+        return Maintenance({weight: self._here(name, weight) for weight, (name, _) in targets.items()}, optimizer)
 
     def to_torch_prune(self, model: nn.Module) -> nn.Module:
         """Hands each mask to `torch.nn.utils.prune.custom_from_mask`, for every module that holds the weight.
@@ -475,14 +470,9 @@ class Masks(Mapping[str, Tensor]):
             The model. `torch.nn.utils.prune.remove` makes the zeros permanent.
         """
         self.check(model, base="ignore")
-        holders: dict[int, list[tuple[nn.Module, str]]] = {}
-        for module in model.modules():
-            for attribute, weight in module._parameters.items():
-                holders.setdefault(id(weight), []).append((module, attribute))
-        for weight, name in self._targets(model).items():
-            for module, attribute in holders[id(weight)]:
-                torch_prune.custom_from_mask(module, attribute, self.get(name, device=weight.device))
-        return model
+        targets = self._targets(model, in_place=True)
+        masks = [(weight, self.get(name, device=weight.device)) for weight, (name, _) in targets.items()]
+        return torch_prune.hand_over(model, masks)
 
     def with_biases(self, model: nn.Module) -> Masks:
         """With a mask of each bias beside a masked weight: it stays if its unit keeps a weight. See `bias_masks`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,8 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from .distributed import ALONE, Group, is_distributed, local, reshard, row_group, whole
 from .exporting import UnsupportedModelError, canonical_names, export, module_path, operator_name
 from .nodes import Constant, Gate, Input, Node, Scale, Shift, Sum, Synapse, Wire
+from .stores import held
+from .structure import rebuilt, without_values
 from .tracer import Forward, Tracer, rule_of
 
 __all__ = ["PathNetwork", "SupportReport", "UnsupportedModelError"]
@@ -29,6 +33,8 @@ class PathNetwork:
         tensors: name -> tensor, every parameter and buffer the nodes read.
         prunable: names of the weights a mask may touch, in the order of ``model.named_parameters()``.
         unreached: names of linear and convolution weights that lie on no input-output path.
+        shards: the ranks over which the weights' rows are spread (then ``tensors`` has DTensors); else one process.
+        replicas: the ranks whose data count as one; else one process.
 
     Example:
         >>> net = PathNetwork.from_module(model, torch.ones(1, 3, 224, 224))
@@ -44,6 +50,8 @@ class PathNetwork:
         self.model: nn.Module | None = None
         self.forward: Forward | None = None  # the model's own computation, where it was read from one
         self.gates: dict[int, str] = {}  # gate or max-pool node -> the operator's name in that computation
+        self.shards: Group = ALONE
+        self.replicas: Group = ALONE
         self.whole: PathNetwork = self  # with all positions, where this one has distinct ones only
         self.used: Callable[[str], None] = _unwatched  # called with a weight's name when it has been read through
         self._fixed: set[str] = set()  # weights that are also used as something that is not prunable
@@ -53,34 +61,59 @@ class PathNetwork:
 
     @classmethod
     def from_module(
-        cls, model: nn.Module, example_input: Any, tensors: Mapping[str, Tensor] | None = None
+        cls,
+        model: nn.Module,
+        example_input: Any,
+        tensors: Mapping[str, Tensor] | None = None,
+        *,
+        sharded: bool = False,
     ) -> PathNetwork:
         """Reads an unmodified module.
+
+        Parameters that are DTensors (FSDP2) are gathered, so every rank of their mesh calls this; those that
+        accelerate has offloaded are read from where it keeps them.
 
         Args:
             model: any ``nn.Module`` that ``torch.export`` accepts; it is not touched.
             example_input: a tensor, a tuple of positional or a dict of keyword arguments; only shapes and dtypes of
                 floating-point inputs matter (one sample is traced), integer and boolean inputs are held fixed.
-            tensors: the values to use in place of the model's, by name: one of the same shape for each parameter and
-                buffer. Their dtypes may be others, and mixed.
+            tensors: values by name, in place of the model's own parameters and buffers (which may be on the meta
+                device then); those without an entry stay the model's.
+            sharded: leave the DTensors of weights on their ranks, for methods that score rows where they are.
 
         Raises:
             UnsupportedModelError: the module cannot be exported, or an operator has no rule; names module and rule.
-            ValueError: no parameters, meta tensors, or several devices; ``tensors`` lacks one or has another shape.
+            ValueError: no parameters, meta tensors, or several devices; ``sharded``: a weight not cut along its rows.
         """
-        _check_tensors(model)
+        reshard(model)
+        values = _values(model, tensors, sharded)
         net = cls()
-        net.model = model
-        net._source = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        if tensors is not None:
-            net._source = _values(net._source, tensors)
-        program = export(model, example_input)
-        Tracer(net, program, canonical_names(model)).run()
+        net.model = shown = structure = model
+        if values is not None:
+            parameters = dict(model.named_parameters(remove_duplicate=False))
+            net.model = rebuilt(model, values)
+            shown = rebuilt(model, _each_once(local, values))
+            shapes = without_values({name: value for name, value in values.items() if name in parameters})
+            structure = rebuilt(model, {**values, **shapes})
+        _check_tensors(shown)
+        net._source = {**dict(net.model.named_parameters()), **dict(net.model.named_buffers())}
+        program = export(structure, example_input)
+        Tracer(net, program, canonical_names(shown)).run()
         net._drop_dead_ends()
         net._order_prunable(name for name, _ in model.named_parameters())
+        if sharded:
+            net._gather_all_but_weights()
         reached = {name for k in net.synapses() for name in [net.nodes[k].weight]}  # type: ignore[attr-defined]
-        net.unreached = tuple(name for name in _weight_names(model) if name not in reached)
+        net.unreached = tuple(name for name in _weight_names(shown) if name not in reached)
         return net
+
+    def _gather_all_but_weights(self) -> None:
+        """Biases, norms and constants are needed whole; weights stay where their rows are."""
+        weights = {self.nodes[k].weight for k in self.synapses()} - self._fixed  # type: ignore[attr-defined]
+        for name, tensor in self.tensors.items():
+            if name not in weights:
+                self.tensors[name] = whole(tensor)
+        self.shards = row_group({name: self.tensors[name] for name in self.tensors if name in weights})
 
     @staticmethod
     def support_report(model: nn.Module, example_input: Any) -> SupportReport:
@@ -209,6 +242,14 @@ class PathNetwork:
         self._drop_dead_ends()
         return self
 
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> PathNetwork:
+        """The same nodes on other tensors; those that are not given stay. It has no model to run."""
+        other = copy.copy(self)
+        other.tensors = {name: tensors.get(name, own) for name, own in self.tensors.items()}
+        other.model = None
+        other.whole = other if self.whole is self else self.whole.with_tensors(tensors)
+        return other
+
     # -------------------------------------------------------------------------------------------- questions
 
     @property
@@ -252,7 +293,7 @@ class PathNetwork:
         return f"PathNetwork({len(self.nodes)} nodes, {len(self.prunable)} prunable tensors, {weights:,} weights)"
 
 
-def as_network(model: nn.Module | PathNetwork, example_input: Any) -> PathNetwork:
+def as_network(model: nn.Module | PathNetwork, example_input: Any, *, sharded: bool = False) -> PathNetwork:
     """A path network as it is; a module by way of ``PathNetwork.from_module``."""
     if isinstance(model, PathNetwork):
         if not model.outputs:
@@ -262,7 +303,7 @@ def as_network(model: nn.Module | PathNetwork, example_input: Any) -> PathNetwor
         raise TypeError(f"prune: model: wanted a module or PathNetwork, got {type(model).__name__}")
     if example_input is None:
         raise ValueError("prune: example_input: wanted an input the model accepts, got None")
-    return PathNetwork.from_module(model, example_input)
+    return PathNetwork.from_module(model, example_input, sharded=sharded)
 
 
 class SupportReport:
@@ -322,6 +363,29 @@ def _weight_names(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(canonical[name] for name in names if name in canonical))
 
 
+def _values(model: nn.Module, tensors: Mapping[str, Tensor] | None, sharded: bool) -> dict[str, Tensor] | None:
+    """What stands in for the model's own tensors; None where they can be used as they are."""
+    dispatched = any(hasattr(module, "_hf_hook") for module in model.modules())
+    every = [*model.parameters(), *model.buffers()]
+    if tensors is None and not dispatched and not any(is_distributed(tensor) for tensor in every):
+        return None
+    values = held(model, tensors)
+    parameters = dict(model.named_parameters(remove_duplicate=False)) if sharded else {}
+    values |= _each_once(whole, {name: value for name, value in values.items() if name not in parameters})
+    if dispatched and len({value.device for value in values.values()}) > 1:
+        values = _each_once(Tensor.cpu, values)  # accelerate spreads a model; it is scored in the CPU's memory
+    return values
+
+
+def _each_once(function: Callable[[Tensor], Tensor], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A function of tensors by name; a tensor that has several names stays one."""
+    made: dict[int, Tensor] = {}
+    for value in values.values():
+        if id(value) not in made:
+            made[id(value)] = function(value)
+    return {name: made[id(value)] for name, value in values.items()}
+
+
 def _check_tensors(model: nn.Module) -> None:
     tensors: dict[str, Tensor] = dict(model.named_parameters())
     if not tensors:
@@ -333,19 +397,6 @@ def _check_tensors(model: nn.Module) -> None:
     devices = {tensor.device for tensor in tensors.values()}
     if len(devices) > 1:
         raise ValueError(f"PathNetwork: model: wanted one device, got {sorted(map(str, devices))}")
-
-
-def _values(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Other values for the model's parameters and buffers."""
-    values = {}
-    for name, tensor in own.items():
-        given = tensors.get(name)
-        if given is None or given.is_meta or given.shape != tensor.shape:
-            got = "none" if given is None else "a meta tensor" if given.is_meta else f"{list(given.shape)}"
-            raise ValueError(f"PathNetwork: tensors: {name}: wanted values of shape {list(tensor.shape)}, got {got}")
-        is_parameter = isinstance(tensor, nn.Parameter)
-        values[name] = nn.Parameter(given.detach(), requires_grad=False) if is_parameter else given
-    return values
 
 
 def _unwatched(name: str) -> None:

@@ -123,11 +123,12 @@ class Reduce(Node):
 class Wire(Node):
     """Any other fixed linear map: reshape, permute, slice, cat, pad, expand, interpolate.
 
-    ``concat_dim`` marks a concatenation, so that its inputs' exponents are aligned and class maps refined.
+    ``concat_dim`` marks a concatenation, ``reshapes`` an operator that lays the same elements out anew.
     """
 
     apply: WireMap = field(kw_only=True)
     concat_dim: int | None = field(default=None, kw_only=True)
+    reshapes: bool = field(default=False, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -150,9 +151,10 @@ class Product(Node):
 class Softmax(Node):
     """Attention weights: similarities S become ``P = S [P0 / S]``, with P0 what the model attends with where S is zero.
 
-    P0 is the softmax over ``dim`` of all that is added to S, ``added``: uniform where nothing is, zero where a mask
-    forbids, as position biases have it elsewhere. ``|P0|^power``.
+    P0 (``weights``, float64) is uniform where nothing is added to S, zero where a mask forbids, as position biases
+    have it elsewhere: ``|P0|^power``. ``repeats``: how many positions along ``dim`` each one stands for.
     """
 
-    added: Expression = field(kw_only=True)
+    weights: Expression = field(kw_only=True)
     dim: int = field(kw_only=True)
+    repeats: Tensor | None = field(default=None, kw_only=True)

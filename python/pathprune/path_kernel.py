@@ -53,7 +53,7 @@ def log2_trace(
 
     Where norms without statistics or products of flows lie on the way, their factors are held fixed.
     """
-    quick = merge_equal_positions(network)
+    quick = merge_equal_positions(network, policy)
     if any(isinstance(network.nodes[k], (Norm, Product)) for k in network.alive):
         parts = [part.log2_sum() for part in _gradients(quick, masks, policy_of(policy)).values()]
         return float((torch.tensor(parts, dtype=torch.float64) * math.log(2)).logsumexp(0)) / math.log(2)
@@ -119,7 +119,7 @@ class PathKernel:
         self.network = as_network(model, example_input)
         self.policy = policy_of(policy)
         self.masks = None if masks is None else self._checked(masks)
-        self._quick = merge_equal_positions(self.network)
+        self._quick = merge_equal_positions(self.network, self.policy)
         names = self.network.prunable
         if not names:
             raise ValueError("PathKernel: model: wanted prunable weights, got none")

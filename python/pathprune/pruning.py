@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import itertools
 import math
 import resource
@@ -14,12 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from ._mask_io import base_hash
+from .distributed import is_distributed, ranks_of
 from .layers import layer_network
 from .liveness import Reach, reach
 from .masks import Masks
 from .network import PathNetwork, as_network
-from .pruners.base import Pruner, Round, Scope, Selection
+from .pruners.base import PathPruner, Pruner, Round, Scope, Selection
 from .schedules import layer_densities, rounds_of
+from .sharded_masks import Placement, ShardedMasks
 from .spatial import merge_equal_positions
 from .version import __version__
 from .weights import weights_of
@@ -42,9 +46,14 @@ def prune(
     count: str = "exact",
     allow_regrowth: bool | None = None,
     compact: bool | float = True,
+    process_group: Any = None,
     progress: bool | None = None,
 ) -> Masks | list[Masks]:
     """Masks that keep the best weights of ``model`` at a density. The model, its mode, gradients and RNG stay as is.
+
+    A model of DTensors (FSDP2's ``fully_shard``) is pruned by the same call on every rank, and its masks are DTensors
+    placed like its weights. Magnitude, chance, path scores and walks leave the weights where they are; other methods
+    gather them on every rank for as long as they score.
 
     Args:
         model: any module ``torch.export`` accepts, or its :class:`PathNetwork`.
@@ -64,46 +73,64 @@ def prune(
             arithmetic, all ties at the threshold removed.
         allow_regrowth: whether a pruned weight may return in a later round; None: in ``FORCE`` alone.
         compact: pack weights once fewer than this fraction is left (True: 1/4); memory for speed.
+        process_group: the ranks whose data count as one: each has its share of the batches, sums run over all. None:
+            the ranks of a model of DTensors, else this process alone.
         progress: a progress bar on stderr; None: when it is a terminal.
 
     Returns:
         :class:`Masks`, or a list of them for a list of densities. ``masks.metadata["findings"]`` has what happened.
 
     Raises:
-        ValueError: bad arguments, NaN or infinite weights or scores, no prunable weight.
+        ValueError: bad arguments, NaN or infinite weights or scores, no prunable weight; over ranks: other arguments
+            on another rank, a weight that is not cut along its rows, no initialised process group.
+        RuntimeError: over ranks: another rank has failed; names it, and its error.
         UnsupportedModelError: the model cannot be read; names module and operator.
 
-    Determinism: the same weights, arguments and seed give the same masks, on any number of threads.
+    Determinism: the same weights, arguments and seed give the same masks, on any number of threads; over ranks, those
+    of one process for magnitude, chance and walks, and for other scores up to the rounding of sums over ranks.
     """
     began = time.perf_counter()
-    if not isinstance(pruner, Pruner):
-        raise TypeError(f"prune: pruner: wanted a pruner such as SynFlow(), got {type(pruner).__name__}")
-    scope = pruner.scope if scope is None else scope
-    area = Scope.of(scope)
-    densities = _densities(density, sparsity, area)
-    if count not in ("exact", "published"):
-        raise ValueError(f"prune: count: wanted 'exact' or 'published', got {count!r}")
-    if isinstance(model, nn.Module) and example_input is None and not pruner.needs_paths:
+    ranks = ranks_of(model, process_group)
+    with ranks.together("prune"):
+        if not isinstance(pruner, Pruner):
+            raise TypeError(f"prune: pruner: wanted a pruner such as SynFlow(), got {type(pruner).__name__}")
+        scope = pruner.scope if scope is None else scope
+        area = Scope.of(scope)
+        densities = _densities(density, sparsity, area)
+        if count not in ("exact", "published"):
+            raise ValueError(f"prune: count: wanted 'exact' or 'published', got {count!r}")
+    if ranks.size > 1:
+        progress = progress if ranks.rank == 0 else False
+        arguments: dict[str, Any] = {"density": densities, "scope": scope, "allocation": allocation}
+        arguments |= {"schedule": schedule, "seed": seed, "include": include, "exclude": exclude, "count": count}
+        arguments |= {"allow_regrowth": allow_regrowth, "pruner": _described(pruner), "model": _shapes_of(model)}
+        ranks.agree("prune", arguments)
+    if isinstance(model, nn.Module) and example_input is None and not pruner.needs_paths and ranks.size == 1:
         network = layer_network(model)
     else:
-        network = as_network(model, example_input)
+        network = as_network(model, example_input, sharded=ranks.size > 1 and pruner.scores_shards)
+    if ranks.size > 1:
+        network = copy.copy(network)
+        network.replicas = ranks
     names = network.select(include, exclude)
-    quick = merge_equal_positions(network) if pruner.wants_merged_positions else network
+    hashed = base_hash(network.tensors, names, network.used) if network.model is not None else None
+    ranks.agree("prune", {"weights": hashed})
+    quick = merge_equal_positions(network, pruner.merged_under) if pruner.merged_under else network
     share = (0.25 if compact else 0.0) if isinstance(compact, bool) else float(compact)
     regrow = pruner.regrows if allow_regrowth is None else allow_regrowth
     weights = weights_of(quick, names, pruner.maps, compact=0.0 if regrow else share)
-    selection = Selection(weights, names, area, count, regrow)
+    selection = Selection(weights, names, area, count, regrow, network.shards)
     one_shot = schedule == "one-shot" and len(densities) == 1
     plan = rounds_of(schedule, densities, 1 if one_shot else pruner.rounds_for(densities))
     shapes = {name: network.tensors[name].shape for name in names}
 
     snapshots: list[dict[str, tuple[Tensor, torch.Size]]] = []
     structures: list[Reach] = []
-    reachable = quick if pruner.wants_merged_positions else merge_equal_positions(network)
+    reachable = merge_equal_positions(network, "paths")
 
     def snapshot(which: int) -> None:
         more = which < len(densities) - 1  # rounds to come, which write to the masks
-        snapshots.append({name: (weights[name].packed_bits(copy=more), shapes[name]) for name in names})
+        snapshots.append({name: weights[name].packed_bits(copy=more) for name in names})
         structures.append(reach(reachable, weights))
 
     kind = allocation if area.kind in ("layer", "row") else "uniform"
@@ -114,7 +141,6 @@ def prune(
         rounds.append(done)
         if len(snapshots) > len(finished):
             finished.append(len(rounds))
-    hashed = base_hash(network.tensors, names, network.used) if network.model is not None else None
     asked = {"density": density, "sparsity": sparsity, "scope": scope, "schedule": schedule, "count": count}
     results = []
     for bits, structure, stop in zip(snapshots, structures, finished, strict=True):
@@ -129,8 +155,35 @@ def prune(
                 "structure": structure.as_dict(),
             },
         }
-        results.append(Masks.from_packed(bits, metadata))
+        results.append(_masks_of(bits, metadata, network, model))
     return results if isinstance(density if density is not None else sparsity, (list, tuple)) else results[0]
+
+
+def _masks_of(
+    bits: Mapping[str, tuple[Tensor, torch.Size]],
+    metadata: Mapping[str, Any],
+    network: PathNetwork,
+    model: nn.Module | PathNetwork,
+) -> Masks:
+    """Masks that lie as the model's own weights do."""
+    own = dict(model.named_parameters()) if isinstance(model, nn.Module) else network.tensors
+    if not any(is_distributed(own[name]) for name in bits):
+        return Masks.from_packed(bits, metadata)
+    if network.shards.size > 1:
+        return ShardedMasks.of_parts(bits, {name: Placement.of(own[name]) for name in bits}, metadata)
+    return ShardedMasks.like(Masks.from_packed(bits, metadata), own)
+
+
+def _described(pruner: Pruner) -> str:
+    """What a pruner's results depend on, its data apart."""
+    source = pruner.source() if isinstance(pruner, PathPruner) else None
+    data = b"" if source is None else source.detach().cpu().contiguous().double().numpy().tobytes()
+    return f"{pruner.name} {pruner.config()} {hashlib.blake2b(data, digest_size=8).hexdigest() if data else ''}"
+
+
+def _shapes_of(model: nn.Module | PathNetwork) -> str:
+    tensors = dict(model.named_parameters()) if isinstance(model, nn.Module) else model.tensors
+    return ", ".join(f"{name} {list(tensor.shape)} {tensor.dtype}" for name, tensor in tensors.items())
 
 
 def _densities(density: Any, sparsity: Any, scope: Scope) -> list[float]:

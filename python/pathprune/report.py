@@ -66,7 +66,7 @@ def path_counts(model: nn.Module | PathNetwork, masks: Masks | None = None, exam
     Example:
         >>> path_counts(model, masks, x).effective.density
     """
-    network = merge_equal_positions(_network_of(model, masks, example_input))
+    network = merge_equal_positions(_network_of(model, masks, example_input), "paths")
     maps = (WeightMap.ONE, WeightMap.ONE)
     weights = weights_of(network, network.prunable, maps, masks=masks)
     policy = policy_of("paths", norm="unit")

@@ -90,6 +90,8 @@ def cut_rows(weight: Weight, keep: int, n: int = 0, m: int = 0) -> None:
     made = weight.scores if weight.scores.layout is None else weight.written_scores()
     turned = weight.form == "linear_t"  # output units are the columns of what is stored
     groups, rows, columns = made.weight.shape
+    if turned and rows != weight.shape[0]:
+        raise ValueError(f"scope: '{weight.name}': wanted its output units whole, got its inputs spread over ranks")
     words = torch.empty((groups, rows, ops.words(columns)), dtype=torch.int16, device=made.weight.device)
     for some, place in _pieces(made, words, turned):
         scores = some.written()

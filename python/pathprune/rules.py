@@ -253,7 +253,8 @@ def _reduce(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
 @rule("flatten", "reshape", "view", "_unsafe_view", "unflatten")
 def _reshape(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
     shape = t.shape(node)
-    return t.add(Wire((t.flow(a["self"]),), shape, apply=lambda xs, p: xs[0].reshape(shape)), node)
+    wire = Wire((t.flow(a["self"]),), shape, apply=lambda xs, p: xs[0].reshape(shape), reshapes=True)
+    return t.add(wire, node)
 
 
 @rule(

@@ -78,7 +78,7 @@ def scores(
 
 def _one(network: PathNetwork, method: Pruner, masks: Masks | None, seed: int) -> NetworkScores:
     names = network.select()
-    quick = merge_equal_positions(network) if method.wants_merged_positions else network
+    quick = merge_equal_positions(network, method.merged_under) if method.merged_under else network
     weights = weights_of(quick, names, method.maps, masks=masks)
     total = method.scorer(quick, weights, seed)(None)
     tensors, exponents = {}, {}
@@ -96,18 +96,18 @@ def _ensemble(
         raise ValueError(f"scores: method: wanted a path method for weight sets, got {method.name}")
     if not sets:
         return []
+    for k, entry in enumerate(sets):
+        check_weight_set(network, entry, f"scores: weight set {k}")
+    if len(sets) == 1:
+        return [_one(network.with_tensors(sets[0]), method, masks, seed=0)]
     names = network.select()
     stacked = {}
     for name in dict.fromkeys([*names, *(_weight_name(network, k) for k in network.synapses())]):
-        wanted = network.tensors[name].shape
-        for k, entry in enumerate(sets):
-            got = entry[name].shape if name in entry else None
-            if got != wanted:
-                raise ValueError(f"scores: weight set {k}: '{name}': wanted shape {tuple(wanted)}, got {got}")
         stacked[name] = torch.stack([entry[name].detach() for entry in sets])
     if masks is not None:
         masks = {name: masks[name].expand(len(sets), *masks[name].shape) for name in masks}  # type: ignore[assignment]
-    quick = merge_equal_positions(network) if method.wants_merged_positions else network
+    policy = method.merged_under
+    quick = merge_equal_positions(network, policy, fixed=False) if policy else network
     weights = weights_of(quick, names, method.maps, masks=masks, tensors=stacked)
     policy, source = policy_of(method.policy), method.source()
     flow = PathFlow(quick, weights, f=method.maps[0], policy=policy, source=source, members=sets)
@@ -121,6 +121,15 @@ def _ensemble(
             tensors[name], exponents[name] = made[member], int(weights[name].exponents[member])
         results.append(NetworkScores(tensors, exponents, total))
     return results
+
+
+def check_weight_set(network: PathNetwork, entry: WeightSet, who: str) -> None:
+    """Raises ValueError for a weight set that lacks one of the network's weights, or has it in another shape."""
+    for name in dict.fromkeys([*network.select(), *(_weight_name(network, k) for k in network.synapses())]):
+        wanted = network.tensors[name].shape
+        got = entry[name].shape if name in entry else None
+        if got != wanted:
+            raise ValueError(f"{who}: '{name}': wanted shape {tuple(wanted)}, got {got}")
 
 
 def _weight_name(network: PathNetwork, index: int) -> str:

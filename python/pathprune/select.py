@@ -7,13 +7,16 @@ whatever the guess was: the last round's threshold, a histogram of every n-th wo
 A score is a real number ``value * 2^exponent`` with one exponent per tensor. Ties at the threshold are kept in the
 order of the tensors, then of the flat index, so that exactly ``keep`` weights stay.
 
+Where the rows of tensors are spread over ranks, each pass ends in one sum of its counts over the ranks, and what was
+collected is gathered: every rank finds the same threshold, that of one process.
+
 Bytes: one read of what the scores are made of per pass; two or three passes cold, one when the guess holds.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,164 +24,13 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .checks import WORD
+from .distributed import ALONE, Group
 from .ops import WeightMap
-from .reals import Real
+from .real import Real, bin_bounds
+from .score_sources import KEEP_ALL, Bracket, Collected, NonFiniteScoreError, Scores, Threshold
 
 _SAMPLE_STRIDE = 64  # words between two of a sampled histogram
-_EVERYTHING = 2**62
-
-
-@dataclass(frozen=True)
-class Scores:
-    """The scores of one tensor: what they are made of (:mod:`pathprune.ops`), or the scores themselves.
-
-    Attributes:
-        name: for messages.
-        weight: [G, O, K] or packed values; scores written out when ``x`` is None and ``s`` is IDENTITY.
-        mask: int16 row words of the weights that take part; None means all.
-        x, g: flows [G, T, K] and [G, T, O] or None.
-        s: the score's weight map.
-        exponent: a score is its value times 2^exponent.
-        used: called when the weight has been read through.
-    """
-
-    name: str
-    weight: Tensor
-    columns: int
-    mask: Tensor | None = None
-    x: Tensor | None = None
-    g: Tensor | None = None
-    s: ops.WeightMap = ops.WeightMap.IDENTITY
-    exponent: int = 0
-    layout: Tensor | None = None
-    row_start: Tensor | None = None
-    used: Callable[[], None] | None = None
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.float64 if self.weight.dtype == torch.float64 else torch.float32
-
-    @property
-    def numel(self) -> int:
-        """Weights that may take part, masked ones included."""
-        if self.layout is None:
-            return self.weight.numel()
-        return self.layout.shape[0] * self.layout.shape[1] * self.columns
-
-    @property
-    def capacity(self) -> int:
-        """How many scores a pass may collect: all of a small tensor, a sixty-fourth of a large one."""
-        return min(self.numel, max(self.numel // 64, 2**18))
-
-    def packing(self) -> dict[str, object]:
-        return {"layout": self.layout, "row_start": self.row_start, "columns": self.columns}
-
-    def collect(self, bracket: Bracket, capacity: int) -> Collected:
-        found = ops.through_flow_collect(*self._made, *bracket.local(self), capacity, **self.packing())  # type: ignore[arg-type]
-        self._read()
-        return Collected(*found)
-
-    def histogram(self, stride: int) -> tuple[Tensor, Tensor]:
-        found = ops.through_flow_histogram(*self._made, stride, **self.packing())  # type: ignore[arg-type]
-        self._read()
-        return found
-
-    def nth(self, threshold: Real, n: int) -> int:
-        bounds = (threshold.at_least(self.exponent, self.dtype), threshold.above(self.exponent, self.dtype))
-        found = int(ops.through_flow_nth(*self._made, *bounds, n, **self.packing()))  # type: ignore[arg-type]
-        self._read()
-        return found
-
-    def prune_(self, threshold: Threshold, position: int) -> None:
-        """Clears the bits of ``mask`` that the threshold does not keep."""
-        if self.mask is None:
-            raise ValueError(f"Scores.prune_: {self.name}: wanted a mask to write to, got None")
-        ops.through_flow_prune_(*self._made, *threshold.local(self, position), **self.packing())  # type: ignore[arg-type]
-        self._read()
-
-    def written(self) -> Tensor:
-        """The scores as a tensor [G, O, K], 0 where the mask is."""
-        found = ops.through_flow(*self._made, **self.packing())  # type: ignore[arg-type]
-        self._read()
-        return found
-
-    def rows(self, first: int, last: int) -> Scores:
-        """The scores of some rows of every group; of dense weights only."""
-        weight = self.weight[:, first:last].contiguous()
-        mask = None if self.mask is None else self.mask[:, first:last].contiguous()
-        g = None if self.g is None else self.g[..., first:last].contiguous()
-        return replace(self, weight=weight, mask=mask, g=g, used=None)
-
-    def block(self, first: int, last: int) -> Scores:
-        """The scores of some columns, from a multiple of a mask word on; of dense weights only."""
-        weight = self.weight[..., first:last].contiguous()
-        mask = None if self.mask is None else self.mask[..., first // WORD : ops.words(last)].contiguous()
-        x = None if self.x is None else self.x[..., first:last].contiguous()
-        return replace(self, weight=weight, columns=weight.shape[-1], mask=mask, x=x, used=None)
-
-    @property
-    def _made(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, WeightMap]:
-        return self.weight, self.mask, self.x, self.g, self.s
-
-    def _read(self) -> None:
-        if self.used is not None:
-            self.used()
-
-
-@dataclass(frozen=True)
-class Bracket:
-    """An interval guessed to hold the threshold."""
-
-    lo: Real
-    hi: Real
-
-    def local(self, scores: Scores) -> tuple[float, float]:
-        """The interval in the units of one tensor, as values of its type."""
-        lo = self.lo.at_least(scores.exponent, scores.dtype)
-        above = self.hi.above(scores.exponent, scores.dtype)
-        kind = np.float64 if scores.dtype == torch.float64 else np.float32
-        with np.errstate(over="ignore"):
-            return lo, float(np.nextafter(kind(above), kind(-np.inf)))  # v <= hi exactly when v < above
-
-
-@dataclass(frozen=True)
-class Collected:
-    """What one pass found in one tensor: see ``ops.through_flow_collect``."""
-
-    values: Tensor  # [capacity]
-    counts: Tensor  # int64 [4]: above, inside, not finite, live
-    extremes: Tensor  # float64 [2]: smallest and largest inside
-
-
-@dataclass(frozen=True)
-class Threshold:
-    """The rule ``keep iff score > value, or score == value and it comes before (tie_tensor, tie_index)``.
-
-    Attributes:
-        value: the smallest score kept.
-        tie_tensor, tie_index: position of the first tie that goes: tensor in the given order, then flat index.
-    """
-
-    value: Real
-    tie_tensor: int = _EVERYTHING
-    tie_index: int = 0
-
-    def local(self, scores: Scores, position: int) -> tuple[float, float, int]:
-        """(at_least, above, cut) for the tensor at ``position`` of the selection."""
-        cut = _EVERYTHING if position < self.tie_tensor else self.tie_index if position == self.tie_tensor else 0
-        return (
-            self.value.at_least(scores.exponent, scores.dtype),
-            self.value.above(scores.exponent, scores.dtype),
-            cut,
-        )
-
-
-KEEP_ALL = Threshold(Real(-math.inf, 0))
-
-
-class NonFiniteScoreError(ValueError):
-    """A score is NaN or infinite; the message names the tensor."""
+_GATHERED = 2**22  # collected scores of all ranks that one rank may be sent
 
 
 def select(
@@ -186,6 +38,7 @@ def select(
     keep: int,
     guess: Bracket | None = None,
     collected: Sequence[Collected] | None = None,
+    group: Group = ALONE,
 ) -> Threshold:
     """The threshold that keeps exactly ``keep`` of the live weights with the largest scores.
 
@@ -194,6 +47,7 @@ def select(
         keep: how many stay, 0 <= keep <= live weights.
         guess: a bracket that probably holds the threshold.
         collected: what a pass with ``guess`` already found, one per source (None: the pass is made here).
+        group: the ranks over which each tensor's rows are spread; all call with the same arguments but the scores.
 
     Raises:
         NonFiniteScoreError: NaN or inf among the scores.
@@ -203,10 +57,10 @@ def select(
         raise ValueError(f"select: keep: wanted >= 0, got {keep}")
     if not sources:
         raise ValueError("select: sources: wanted at least one tensor of scores, got none")
-    for bracket in _brackets(sources, keep, guess):
+    for bracket in _brackets(sources, keep, guess, group):
         if bracket is not guess or collected is None:
             collected = [source.collect(bracket, source.capacity) for source in sources]
-        threshold = _resolve(sources, keep, bracket, collected)
+        threshold = _resolve(sources, keep, _tallied(collected, sources, group), group)
         if threshold is not None:
             return threshold
     raise AssertionError("bisection ended without a threshold")
@@ -280,52 +134,99 @@ def as_rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(1, tensor.shape[0], -1) if tensor.numel() else tensor.new_empty(1, 1, 0)
 
 
-def _brackets(sources: Sequence[Scores], keep: int, guess: Bracket | None):
+@dataclass(frozen=True)
+class _Tally:
+    """What a pass found, on all ranks."""
+
+    counts: list[list[int]]  # per source: above, inside, not finite, live
+    least: list[Real]  # of what is inside; inf where nothing is
+    largest: list[Real]
+    values: list[Tensor] | None  # per source: what is inside; None: too much
+
+    def total(self, column: int) -> int:
+        return sum(count[column] for count in self.counts)
+
+
+def _tallied(collected: Sequence[Collected], sources: Sequence[Scores], group: Group) -> _Tally:
+    """One sum of the ranks' counts, and one gather of what they collected where that is little enough."""
+    counts = torch.stack([c.counts for c in collected])  # [sources, 4]
+    totals = counts.tolist()
+    here = [count[1] for count in totals]
+    fits = all(n <= c.values.numel() for n, c in zip(here, collected, strict=True))
+    extremes = torch.stack([c.extremes for c in collected])  # [sources, 2]
+    if group.size > 1:
+        overflows = torch.full_like(counts[:1], 0 if fits else 1)
+        counts, overflows = group.sum_(torch.cat([counts, overflows])).split([len(sources), 1])
+        ends = group.largest_(torch.stack([-extremes[:, 0], extremes[:, 1]], 1))
+        extremes = torch.stack([-ends[:, 0], ends[:, 1]], 1)
+        totals = counts.tolist()
+        fits = not bool(overflows.any()) and sum(count[1] for count in totals) <= _GATHERED
+    values = [c.values[:n] for c, n in zip(collected, here, strict=True)] if fits else None
+    least, largest = (
+        [Real.of(end, source.exponent) for end, source in zip(column.tolist(), sources, strict=True)]
+        for column in extremes.unbind(1)
+    )
+    return _Tally(totals, least, largest, values if values is None else _all_of(values, group))
+
+
+def _all_of(values: list[Tensor], group: Group) -> list[Tensor]:
+    """Of each source, what every rank has, rank after rank."""
+    if group.size == 1:
+        return values
+    sizes = group.each(torch.tensor([v.numel() for v in values], device=values[0].device)).tolist()  # [ranks][sources]
+    lengths = [sum(size) for size in sizes]
+    ranks = group.joined(torch.cat(values), lengths).split(lengths)
+    parts = [rank.split(size) for rank, size in zip(ranks, sizes, strict=True)]
+    return [torch.cat(of_source) for of_source in zip(*parts, strict=True)]
+
+
+def _brackets(sources: Sequence[Scores], keep: int, guess: Bracket | None, group: Group):
     """Guesses, each likelier than the last; then what the histogram's best bin was, halved until it is small."""
     if guess is not None:
         yield guess
     if keep == 0:
         yield Bracket(Real(math.inf, 0), Real(math.inf, 0))
         return
-    if sum(source.numel for source in sources) > 2**20:
-        sampled = _histogram_bracket(sources, keep, _SAMPLE_STRIDE)
+    if _over_ranks(sum(source.numel for source in sources), sources, group) > 2**20:
+        sampled = _histogram_bracket(sources, keep, _SAMPLE_STRIDE, group)
         if sampled is not None:
             yield sampled
-    exact = _histogram_bracket(sources, keep, 1)
+    exact = _histogram_bracket(sources, keep, 1, group)
     if exact is None:
         raise ValueError("select: keep: wanted at most the number of live weights, got more: " + str(keep))
     yield exact
-    yield from _bisected(sources, keep, exact)
+    yield from _bisected(sources, keep, exact, group)
 
 
-def _bisected(sources: Sequence[Scores], keep: int, bracket: Bracket):
+def _over_ranks(count: int, sources: Sequence[Scores], group: Group) -> int:
+    return count if group.size == 1 else int(group.sum_(torch.tensor(count, device=sources[0].weight.device)))
+
+
+def _bisected(sources: Sequence[Scores], keep: int, bracket: Bracket, group: Group):
     """Halves a bracket that holds too many scores to collect (large groups of ties) by counting alone.
 
     It begins with all scores where the bracket does not hold the threshold: bins of the tiniest scores of tensors with
     other exponents overlap, so that a histogram can be wrong about the order of its bins.
     """
+
+    def counted(lo: Real, hi: Real) -> _Tally:
+        return _tallied([source.collect(Bracket(lo, hi), 0) for source in sources], sources, group)
+
     lo, hi = bracket.lo, bracket.hi
-    held = [source.collect(bracket, 0) for source in sources]
-    above = sum(int(c.counts[0]) for c in held)
-    if not above < keep <= above + sum(int(c.counts[1]) for c in held):
-        ends = [(s, s.collect(Bracket(Real(-math.inf, 0), Real(math.inf, 0)), 0).extremes) for s in sources]
-        lo = min(Real.of(float(least), s.exponent) for s, (least, _) in ends)
-        hi = max(Real.of(float(largest), s.exponent) for s, (_, largest) in ends)
+    held = counted(lo, hi)
+    if not held.total(0) < keep <= held.total(0) + held.total(1):
+        every = counted(Real(-math.inf, 0), Real(math.inf, 0))
+        lo, hi = min(every.least), max(every.largest)
         yield Bracket(lo, hi)
     while True:
         middle = _between(lo, hi)
-        upper = [source.collect(Bracket(middle, hi), 0) for source in sources]
-        reached = sum(int(c.counts[0] + c.counts[1]) for c in upper)
-        if reached >= keep:
-            lo = max(
-                middle,
-                min(Real.of(float(c.extremes[0]), s.exponent) for c, s in zip(upper, sources, strict=True)),
-            )
+        upper = counted(middle, hi)
+        if upper.total(0) + upper.total(1) >= keep:
+            lo = max(middle, min(upper.least))
         elif middle == hi:  # nothing lies between
             hi = lo
         else:
-            lower = [source.collect(Bracket(lo, middle), 0) for source in sources]
-            hi = max(Real.of(float(c.extremes[1]), s.exponent) for c, s in zip(lower, sources, strict=True))
+            hi = max(counted(lo, middle).largest)
         yield Bracket(lo, hi)
 
 
@@ -339,49 +240,42 @@ def _between(lo: Real, hi: Real) -> Real:
     return middle if lo < middle <= hi else hi
 
 
-def _resolve(
-    sources: Sequence[Scores], keep: int, bracket: Bracket, collected: Sequence[Collected]
-) -> Threshold | None:
+def _resolve(sources: Sequence[Scores], keep: int, tally: _Tally, group: Group) -> Threshold | None:
     """The threshold, if the bracket holds it and all that is inside was collected or is one tie; else None."""
-    counts = torch.stack([c.counts for c in collected]).tolist()
-    for source, (_, _, bad, _) in zip(sources, counts, strict=True):
+    for source, (_, _, bad, _) in zip(sources, tally.counts, strict=True):
         if bad:
             raise NonFiniteScoreError(f"select: {bad} scores of '{source.name}' are NaN or infinite")
-    live = sum(count[3] for count in counts)
+    live = tally.total(3)
     if keep > live:
         raise ValueError(f"select: keep: wanted at most the {live} live weights, got {keep}")
     if keep == live:
         return KEEP_ALL
     if keep == 0:
         return Threshold(Real(math.inf, 0))
-    above, inside = sum(count[0] for count in counts), sum(count[1] for count in counts)
-    need = keep - above
-    if not 0 < need <= inside:
+    need = keep - tally.total(0)
+    if not 0 < need <= tally.total(1):
         return None
-    ends = [(c.extremes.tolist(), s.exponent) for c, s, n in zip(collected, sources, counts, strict=True) if n[1]]
-    smallest = min(Real.of(low, exponent) for (low, _), exponent in ends)
-    largest = max(Real.of(high, exponent) for (_, high), exponent in ends)
+    smallest, largest = min(tally.least), max(tally.largest)
     if smallest == largest:
         value, over = largest, 0
-        ties = [count[1] for count in counts]
-    elif all(count[1] <= c.values.numel() for count, c in zip(counts, collected, strict=True)):
-        found = _kth(sources, counts, collected, need, largest.exponent)
+        ties = [count[1] for count in tally.counts]
+    elif tally.values is not None:
+        found = _kth(sources, tally.values, need, largest.exponent)
         if found is None:
             return None
         value, over, ties = found
     else:
         return None
-    return _cut_ties(sources, value, need - over, ties)
+    return _cut_ties(sources, value, need - over, ties, group)
 
 
 def _kth(
-    sources: Sequence[Scores], counts: list[list[int]], collected: Sequence[Collected], need: int, unit: int
+    sources: Sequence[Scores], values: Sequence[Tensor], need: int, unit: int
 ) -> tuple[Real, int, list[int]] | None:
     """The ``need``-th largest of what was collected, how many lie above it, and its ties per tensor.
 
     None where the scores span so much that no one exponent shows them all exactly.
     """
-    values = [c.values[: count[1]] for count, c in zip(counts, collected, strict=True)]
     shifts = [source.exponent - unit for source in sources]
     parts = _rescaled(values, shifts) or _rescaled([v.double() for v in values], shifts)
     if parts is None:
@@ -419,35 +313,49 @@ def _rescaled(values: Sequence[Tensor], shifts: Sequence[int]) -> list[Tensor] |
     return parts
 
 
-def _cut_ties(sources: Sequence[Scores], value: Real, need: int, ties: list[int]) -> Threshold:
+def _cut_ties(sources: Sequence[Scores], value: Real, need: int, ties: list[int], group: Group) -> Threshold:
     """Keeps the first ``need`` of the ties."""
     if need == sum(ties):
         return Threshold(value)
     for position, count in enumerate(ties):
         if need < count:
-            return Threshold(value, position, sources[position].nth(value, need))
+            return Threshold(value, position, _nth(sources[position], value, need, group))
         need -= count
     return Threshold(value)
 
 
-def _histogram_bracket(sources: Sequence[Scores], keep: int, stride: int) -> Bracket | None:
+def _nth(source: Scores, value: Real, n: int, group: Group) -> int:
+    """The flat index, in the whole tensor, of the n-th score (from 0) that equals ``value``; rows follow the ranks."""
+    if group.size == 1:
+        return source.first + source.nth(value, n)
+    equal = group.each(source.collect(Bracket(value, value), 0).counts[1])
+    before = int(equal[: group.rank].sum())
+    found = torch.zeros_like(equal[0])
+    if before <= n < before + int(equal[group.rank]):
+        found += source.first + source.nth(value, n - before)
+    return int(group.sum_(found))
+
+
+def _histogram_bracket(sources: Sequence[Scores], keep: int, stride: int, group: Group) -> Bracket | None:
     """The bin that holds the k-th score, or with a sampled histogram the bins within five sigma of it."""
     parts = []
     visited = 0
     for source in sources:
         histogram, counts = source.histogram(stride)
+        if group.size > 1:
+            histogram, counts = group.sum_(torch.cat([histogram, counts])).split([len(histogram), len(counts)])
         good, bad = counts.tolist()
         visited += good
         if bad:
             raise NonFiniteScoreError(f"select: {bad} scores of '{source.name}' are NaN or infinite")
         bins = histogram.nonzero().flatten()
-        parts.append((histogram[bins].cpu().numpy(), *_bin_bounds(bins.cpu().numpy(), source)))
+        parts.append((histogram[bins].cpu().numpy(), *bin_bounds(bins.cpu().numpy(), source.dtype, source.exponent)))
     tally, place, low, high, exponent = (np.concatenate(column) for column in zip(*parts, strict=True))
     if (stride == 1 and keep > visited) or visited == 0:
         return None
     order = np.argsort(-place, kind="stable")
     reached = np.cumsum(tally[order])
-    live = visited if stride == 1 else _live(sources)
+    live = visited if stride == 1 else _over_ranks(_live(sources), sources, group)
     rank = keep * visited / max(live, 1)
     slack = 0.0 if stride == 1 else 5.0 * math.sqrt(max(rank * (1 - min(rank / visited, 1.0)), 1.0)) + 5.0
     last = order[min(int(np.searchsorted(reached, rank + slack)), len(order) - 1)]
@@ -457,23 +365,3 @@ def _histogram_bracket(sources: Sequence[Scores], keep: int, stride: int) -> Bra
 
 def _live(sources: Sequence[Scores]) -> int:
     return sum(source.numel if source.mask is None else int(ops.mask_count(source.mask)) for source in sources)
-
-
-def _bin_bounds(bins: np.ndarray, source: Scores) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """For each bin: its place on one scale for all tensors, its least and greatest value, their exponent."""
-    kind, unsigned, bits, drop = (
-        (np.float64, np.uint64, 64, 44) if source.dtype == torch.float64 else (np.float32, np.uint32, 32, 15)
-    )
-    sign = unsigned(1) << unsigned(bits - 1)
-
-    def value(key: np.ndarray) -> np.ndarray:
-        floats = np.where(key & sign, key ^ sign, ~key).astype(unsigned).view(kind)
-        largest = np.finfo(kind).max
-        return np.clip(floats, -largest, largest).astype(np.float64)
-
-    first = bins.astype(unsigned) << unsigned(drop)
-    low, high = value(first), value(first | ((unsigned(1) << unsigned(drop)) - unsigned(1)))
-    magnitude = np.log2(np.abs(np.where(high > 0, high, low)).clip(5e-324)) + source.exponent + 1e6
-    holds_zero = (low <= 0) & (high >= 0)  # zeros, mostly, whatever the exponent
-    place = np.where(holds_zero, 0.0, np.where(high > 0, magnitude, -magnitude))
-    return place, low, high, np.full(len(bins), source.exponent)

@@ -119,7 +119,7 @@ def ntk_trace_bound(model: nn.Module | PathNetwork, data: Data, masks: Masks | N
         found = [(level * math.log(2)).logsumexp(0) / math.log(2) for level in levels]
         totals = found if totals is None else [torch.logaddexp2(a, b) for a, b in zip(totals, found, strict=True)]
     assert totals is not None
-    quick = merge_equal_positions(network)
+    quick = merge_equal_positions(network, "paths")
     weights = weights_of(quick, quick.prunable, (WeightMap.SQUARE, WeightMap.ONE), masks=masks)
     flow = PathFlow(quick, weights, f=WeightMap.SQUARE, policy=policy_of("paths"))
     flow.forward()

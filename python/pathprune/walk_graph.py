@@ -153,8 +153,8 @@ class _Reader:
         for k in sorted(self.network.alive):
             node = nodes[k]
             slots = [slot for slot, i in enumerate(node.inputs) if i in reached]
-            if not slots and not isinstance(node, kinds.Input):
-                continue
+            if (not slots and not isinstance(node, kinds.Input)) or isinstance(node, kinds.Softmax):
+                continue  # walks pass attention from values on, not from what is asked
             reached.add(k)
             graph.order.append(k)
             graph.ahead[k], graph.back[k] = [], []
@@ -186,10 +186,8 @@ class _Reader:
         before = self.network.nodes[node.inputs[0]].shape
         site = _site(k, node, before, self.network.tensors[node.weight].shape)
         self.graph.sites[k] = site
-        axis = 1 if node.form.startswith("conv") else len(before) - 1
-        self._link(k, 0, self.labels[node.inputs[0]], _axis_labels(before, axis), site.entering)
-        axis = 1 if node.form.startswith("conv") else len(node.shape) - 1
-        self._label(k, _axis_labels(node.shape, axis))
+        self._link(k, 0, self.labels[node.inputs[0]], _unit_labels(before, node), site.entering)
+        self._label(k, _unit_labels(node.shape, node))
 
     def _same(self, k: int, node: Node, slots: list[int]) -> None:
         """Elementwise nodes, sums and products: the coarsest units finer than all that enter."""
@@ -202,16 +200,36 @@ class _Reader:
         for slot, own in zip(slots, entering, strict=True):
             self._link(k, slot, own, labels, self.graph.units[k])
 
-    _scale = _shift = _norm = _gate = _sum = _product = _same
+    _scale = _shift = _norm = _gate = _sum = _same
+
+    def _product(self, k: int, node: kinds.Product, slots: list[int]) -> None:
+        """Elementwise, or a matrix product: linear in each factor, the other held."""
+        if node.apply is torch.mul:
+            return self._same(k, node, slots)
+        held = []  # what the other factor is
+        for i in node.inputs:
+            partner, ones = self.network.nodes[i], torch.ones((), dtype=torch.float64)
+            value = partner.weights(self.network.tensors).cpu() if isinstance(partner, kinds.Softmax) else ones
+            held.append(value.expand(partner.shape))
+
+        def apply(slot: int, flow: Tensor) -> Tensor:
+            return node.apply(*(flow if j == slot else other for j, other in enumerate(held)))
+
+        return self._through(k, node, slots, apply)
 
     def _pool(self, k: int, node: kinds.Pool, slots: list[int]) -> None:
-        self._through(k, node, slots, lambda xs: pooled(xs[0], replace(node, divisor=None), 1.0, "sum"))
+        self._through(k, node, slots, lambda slot, x: pooled(x, replace(node, divisor=None), 1.0, "sum"))
 
     def _reduce(self, k: int, node: kinds.Reduce, slots: list[int]) -> None:
-        self._through(k, node, slots, lambda xs: xs[0].sum(node.dims, keepdim=node.keepdim))
+        self._through(k, node, slots, lambda slot, x: x.sum(node.dims, keepdim=node.keepdim))
 
     def _wire(self, k: int, node: kinds.Wire, slots: list[int]) -> None:
-        self._through(k, node, slots, lambda xs: node.apply(xs, 1.0))
+        zeros = [torch.zeros(self.network.nodes[i].shape, dtype=torch.float64) for i in node.inputs]
+
+        def apply(slot: int, flow: Tensor) -> Tensor:
+            return node.apply([flow if j == slot else zero for j, zero in enumerate(zeros)], 1.0)
+
+        self._through(k, node, slots, apply)
 
     # ------------------------------------------------------------------------------------------------- labels
 
@@ -237,13 +255,12 @@ class _Reader:
         self.graph.ahead[edge.source].append(edge)
         self.graph.back[edge.target].append(edge)
 
-    def _through(self, k: int, node: Node, slots: list[int], apply: Callable[[Sequence[Tensor]], Tensor]) -> None:
-        """A linear map, told by what it makes of labels."""
+    def _through(self, k: int, node: Node, slots: list[int], apply: Callable[[int, Tensor], Tensor]) -> None:
+        """A map that is linear in each input, told by what it makes of labels: ``apply(slot, flow)``."""
         shapes = [self.network.nodes[i].shape for i in node.inputs]
-        zeros = [torch.zeros(shape, dtype=torch.float64) for shape in shapes]
 
         def made(slot: int, flow: Tensor) -> Tensor:
-            return apply([flow if j == slot else zero for j, zero in enumerate(zeros)]).reshape(node.shape)
+            return apply(slot, flow).reshape(node.shape)
 
         keys = torch.full(node.shape, -1, dtype=torch.int64)
         offset = 0
@@ -298,6 +315,14 @@ class _Reader:
             offset += units
 
 
+def _unit_labels(shape: torch.Size, node: Synapse) -> Tensor:
+    """The unit of every element of a flow that enters or leaves a synapse."""
+    if node.form.startswith("experts"):  # [1, experts, rows, units]
+        units = torch.arange(shape[1] * shape[3]).reshape(shape[1], 1, shape[3])
+        return units.expand(shape)
+    return _axis_labels(shape, 1 if node.form.startswith("conv") else len(shape) - 1)
+
+
 def _axis_labels(shape: torch.Size, axis: int) -> Tensor:
     view = [1] * len(shape)
     view[axis] = -1
@@ -307,7 +332,7 @@ def _axis_labels(shape: torch.Size, axis: int) -> Tensor:
 def _site(k: int, node: Synapse, before: torch.Size, weight: torch.Size) -> Site:
     """The weight as [G, R, C, E], and which kernel entries meet the image at any position."""
     if not node.form.startswith("conv"):
-        return Site(k, node.weight, (1, weight[0], weight[1], 1), node.form != "linear_t", None)
+        return Site(k, node.weight, (*(weight[:-2] or (1,)), *weight[-2:], 1), not node.form.endswith("_t"), None)
     transposed = node.form == "conv_transpose"
     entries = math.prod(weight[2:])
     shape = (node.groups, weight[0] // node.groups, weight[1], entries)

@@ -70,6 +70,12 @@ class WalkMasks(ABC):
     def steps(self, first: int, count: int) -> Tensor:
         """The weights that walks ``first``, ``first + 1``, ... take: places [count, width] int64, -1 for none."""
 
+    def _walked(self, first: int, count: int) -> Tensor:
+        """:meth:`steps`; where weights are spread over ranks, each makes some of the walks."""
+        ranks = self.network.shards
+        begin, end = ranks.rows(count)
+        return ranks.joined(self.steps(first + begin, end - begin), ranks.lengths(count))
+
     @abstractmethod
     def expected(self) -> Callable[[float], float]:
         """Roughly how many weights ``n`` walks take, for n up to infinity."""
@@ -126,7 +132,7 @@ class WalkMasks(ABC):
                         raise ValueError(self._out_of_patience(target, marked, walks))
                     size = self._batch(expected, target, marked, walks, rate)
                     size = size if allowed is None else min(size, allowed - walks)
-                    ahead_of_time = self.steps(walks, size)
+                    ahead_of_time = self._walked(walks, size)
                 used, new = walk_ops.walk_mark_(bits, ahead_of_time, target - marked).tolist()
                 rate = new / used
                 self.observe(ahead_of_time[:used])

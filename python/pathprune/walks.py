@@ -8,7 +8,8 @@ of threads nor the device shows in the result.
 
 The mask is that of the sequential rule "walk until the target is reached": walks are marked in order, and the last
 one stays whole. Bytes: a batch reads each weight once in each direction; 1/8 byte a weight for the mask, 8 a step of
-the batch. Oracle: a literal walker (tests), and exact visit probabilities.
+the batch. Where weights are spread over ranks, each walks its share of a batch, and each layer is gathered while it is
+walked through, once for each batch and direction. Oracle: a literal walker (tests), and exact visit probabilities.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from . import walk_ops
+from .distributed import Gathered, is_spread
 from .network import PathNetwork
 from .walk_graph import Edge, Links, walk_graph
 from .walk_masks import WalkMasks
@@ -94,9 +96,9 @@ class Walks(WalkMasks):
         tensors = {name: network.tensors[name].detach() for name in used}
         if masks is not None:
             tensors = {n: t * masks[n].to(t.device) if n in masks else t for n, t in tensors.items()}
-        self._weights = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        on_host = {name: tensor.cpu() for name, tensor in tensors.items()}
-        self.chances = Chances(self.graph, on_host, rule.power, rule.branches, rule.identities)
+        tensors = {name: tensor if is_spread(tensor) else tensor.contiguous() for name, tensor in tensors.items()}
+        self._weights = Gathered(tensors)
+        self.chances = Chances(self.graph, Gathered(tensors, "cpu"), rule.power, rule.branches, rule.identities)
         self._gains = {
             (k, ahead): _moved(self.chances.gain(site, ahead), self.device)
             for k, site in self.graph.sites.items()
@@ -177,8 +179,7 @@ class Walks(WalkMasks):
         for ahead in (True, False):
             skipped = (first + (0 if ahead else 1)) % 2  # even walks go ahead, odd ones back
             walks = torch.arange(first + skipped, first + count, 2, device=self.device)
-            if len(walks):
-                self._walk(walks, ahead, taken[:, skipped::2])
+            self._walk(walks, ahead, taken[:, skipped::2])
         return taken.t()
 
     def _walk(self, walks: Tensor, ahead: bool, taken: Tensor) -> None:
@@ -186,6 +187,8 @@ class Walks(WalkMasks):
         arrived: dict[int, list[tuple[Tensor, Tensor]]] = {}
         self._start(walks, everyone, ahead, arrived)
         for k in self.graph.order if ahead else reversed(self.graph.order):
+            # Asked for even where nobody is: where weights are gathered, all ranks take part.
+            weight = self._weights[self.graph.sites[k].weight] if k in self.graph.sites else None
             if k not in arrived:
                 continue
             parts = arrived.pop(k)
@@ -193,8 +196,8 @@ class Walks(WalkMasks):
             if len(parts) > 1:
                 who, units = (torch.cat(part) for part in zip(*parts, strict=True))
             numbers = walks if who is everyone else walks[who]
-            if k in self.graph.sites:
-                units = self._cross(k, numbers, units, ahead, None if who is everyone else who, taken)
+            if weight is not None:
+                units = self._cross(k, weight, numbers, units, ahead, None if who is everyone else who, taken)
             self._leave(k, numbers, who, units, ahead, arrived)
 
     def _start(self, walks: Tensor, who: Tensor, ahead: bool, arrived: dict[int, list[tuple[Tensor, Tensor]]]) -> None:
@@ -213,11 +216,13 @@ class Walks(WalkMasks):
             if here.numel():
                 arrived.setdefault(k, []).append((here, units[place[here]]))
 
-    def _cross(self, k: int, walks: Tensor, units: Tensor, ahead: bool, who: Tensor | None, taken: Tensor) -> Tensor:
+    def _cross(
+        self, k: int, weight: Tensor, walks: Tensor, units: Tensor, ahead: bool, who: Tensor | None, taken: Tensor
+    ) -> Tensor:
         """One step through a synapse; who None: of everyone, in order."""
         site = self.graph.sites[k]
         units, edge = walk_ops.walk_step(
-            self._weights[site.weight].view(site.shape),
+            weight.view(site.shape),
             units,
             walks,
             to_rows=site.forward_to_rows == ahead,

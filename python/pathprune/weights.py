@@ -12,9 +12,9 @@ Two ways through a weight tensor:
 
 from __future__ import annotations
 
-import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -22,10 +22,13 @@ from torch import Tensor
 
 from . import ops
 from ._mask_io import pack_bits
+from .distributed import check_finite
 from .network import PathNetwork
 from .nodes import Synapse
 from .ops import WeightMap
 from .reference import map_weight
+from .scaled import Scaled, added, product
+from .scaled import power_of_two as power_of_two
 from .scratch import Scratch
 from .select import Bracket, Collected, Scores, Threshold
 from .sparse_ops import Pattern, sparse_index, sparse_matmul, sparse_sample
@@ -34,21 +37,6 @@ from .sparse_ops import Pattern, sparse_index, sparse_matmul, sparse_sample
 # and three sparse products. Only their ratio counts: below which density sparse products pay.
 _DENSE_COST, _DENSE_POSITION, _SPARSE_COST, _SPARSE_POSITION = 1.0, 0.06, 10.0, 0.12
 STREAMED_POSITIONS = 8  # positions up to which making products on the fly beats writing f(w) out
-
-
-@dataclass(frozen=True)
-class Scaled:
-    """A flow: the numbers ``tensor * 2^exponent``, the exponent an int64 tensor with one entry per ensemble member."""
-
-    tensor: Tensor
-    exponent: Tensor
-
-
-def power_of_two(exponent: Tensor, dtype: torch.dtype) -> Tensor:
-    """``2^exponent`` exactly, made from its bits; below the smallest normal number it is that number."""
-    if dtype == torch.float64:
-        return ((exponent.clamp(-1022, 1023) + 1023) << 52).view(torch.float64)
-    return ((exponent.clamp(-126, 127) + 127).to(torch.int32) << 23).view(torch.float32)
 
 
 class Weight:
@@ -90,11 +78,11 @@ class Weight:
         self.members = tensor.shape[0] if ensemble else 1
         is_grouped = synapse.form in ("conv", "rows", "experts", "experts_t")
         self.groups = self.members * (synapse.groups if is_grouped else 1)
-        rows = tensor.shape[1 if ensemble else 0] * self.members // self.groups
-        if synapse.form.startswith("experts"):
-            rows = tensor.shape[-2]
-        self.dense: Tensor | None = tensor.detach().contiguous().reshape(self.groups, rows, -1)
-        self.columns = self.dense.shape[-1] if self.dense.numel() else 0
+        per_expert = synapse.form.startswith("experts")
+        rows = tensor.shape[-2] if per_expert else tensor.shape[1 if ensemble else 0] * self.members // self.groups
+        self.columns = tensor.shape[-1] if per_expert else tensor.shape[2 if ensemble else 1 :].numel()
+        self.dense: Tensor | None = tensor.detach().contiguous().reshape(self.groups, rows, self.columns)
+        self.first = 0  # flat index, in the whole tensor, of the first weight here
         self.mask = None if mask is None else ops.mask_pack(mask.to(tensor.device).reshape(self.dense.shape))
         self.packed: tuple[Tensor, Tensor, Tensor] | None = None  # values, layout, row_start
         self.exponents = torch.zeros(self.members, dtype=torch.int64)  # of the written scores, one per member
@@ -107,6 +95,12 @@ class Weight:
         self._cut: tuple[Threshold, int] | None = None
 
     @property
+    def rows(self) -> torch.Size:
+        """[G, O, K]: the weights that are here, removed ones included."""
+        assert self.dense is not None
+        return self.dense.shape
+
+    @property
     def transposed(self) -> bool:
         """Whether the flow enters at the rows of the stored tensor."""
         return self.form in ("linear_t", "conv_transpose", "experts_t")
@@ -117,8 +111,12 @@ class Weight:
         if self.packed is not None:
             weight, layout, row_start = self.packed
         assert weight is not None
-        made = (weight, self.columns, self.mask, x, g, self.s, exponent, layout, row_start)
-        return Scores(self.name, *made, used=self._read)
+        made_of = (weight, self.columns, self.mask, x, g, self.s, exponent, layout, row_start)
+        return Scores(self.name, *made_of, first=self.first, used=self._read)
+
+    def _as_rows(self, tensor: Tensor) -> Tensor:
+        """[G, O, K]: of a tensor of the weight's shape, the rows that are here."""
+        return tensor.reshape(self.groups, -1, self.columns)
 
     def _packing(self) -> dict[str, object]:
         return self._source(None, None, 0).packing()
@@ -146,7 +144,7 @@ class Weight:
             pattern = self._sparse(x)
             if pattern is not None:
                 return sparse_matmul(self._stored(), x, pattern, self.f, self.transposed)
-            effective = self.effective().reshape(self.groups, -1, self.columns)
+            effective = self._effective_rows()
             return product(x, effective if self.transposed != turned else effective.transpose(1, 2))
         waiting, kept = self._cut, self._scores
         if waiting is None or kept is None or kept.x is None or self.transposed:
@@ -163,10 +161,13 @@ class Weight:
 
     def effective(self) -> Tensor:
         """``f(w) * mask`` in the tensor's own shape and the accumulate type, kept until the backward flow."""
+        return self._effective_rows().reshape(self.shape)
+
+    def _effective_rows(self) -> Tensor:
         self.settle()
         if self._effective is None:
             assert self.dense is not None
-            self._effective = ops.masked_weight(self.dense, self.mask, self.f).reshape(self.shape)
+            self._effective = ops.masked_weight(self.dense, self.mask, self.f)
             self._read()
         return self._effective
 
@@ -177,16 +178,13 @@ class Weight:
         if self._pattern is not None:
             return self._sparse_backward(x, g, self._pattern, score)
         if not self.streams(x.tensor.shape[1]):
-            effective, transposed = (
-                self.effective().reshape(self.groups, -1, self.columns),
-                self.transposed != turned,
-            )
+            effective, transposed = self._effective_rows(), self.transposed != turned
             inward = product(g.tensor, effective.transpose(1, 2) if transposed else effective)
             if score and self.scored:
                 left, right = (x.tensor, g.tensor) if transposed else (g.tensor, x.tensor)
                 gradient = self._scratch.like(effective, effective.dtype)
                 product(left.transpose(1, 2), right, out=gradient)
-                self.write_scores(gradient, x.exponent + g.exponent)
+                self._write_rows(gradient, x.exponent + g.exponent)
             return inward
         at_columns, at_rows = (g.tensor, x.tensor) if self.transposed else (x.tensor, g.tensor)
         source = self._source(at_columns, at_rows, 0)
@@ -222,7 +220,7 @@ class Weight:
         if self.packed is None:
             positions = x.shape[1]
             pays = (_DENSE_COST + _DENSE_POSITION * positions) / (_SPARSE_COST + _SPARSE_POSITION * positions)
-            if int(ops.mask_count(self.mask)) >= min(self._pack_below, pays * self.shape.numel()):
+            if int(ops.mask_count(self.mask)) >= min(self._pack_below, pays * self.rows.numel()):
                 return None
         values, row_start = ops.compact_weight(self._stored(), self.mask, **self._packing())  # type: ignore[arg-type]
         layout = self.mask.clone()
@@ -239,36 +237,44 @@ class Weight:
             scores = map_weight(values.to(sums.dtype), self.s)  # with the padding of a packed weight
             scores[: len(sums)] *= sums
             self.exponents = x.exponent + g.exponent
-            made = Scores(self.name, scores, self.columns, self.mask, exponent=int(self.exponents))
+            made = Scores(self.name, scores, self.columns, self.mask, exponent=int(self.exponents), first=self.first)
             self._scores = replace(made, layout=pattern.layout, row_start=pattern.row_start)
             self._collected = None
         return inward
 
     def write_scores(self, gradient: Tensor, exponent: Tensor) -> None:
         """Scores from the gradient of R with respect to f(w), ``[E, *shape]``; uses of a tied weight add up."""
-        gradient = gradient.reshape(self.groups, -1, self.columns)
+        self._write_rows(self._as_rows(gradient), exponent)
+
+    def _write_rows(self, gradient: Tensor, exponent: Tensor) -> None:
         assert self.dense is not None
         if self.f == self.s and self._effective is not None and self.uses == 1:
-            factor, self._effective = self._effective.reshape(gradient.shape), None  # its last use: it is written to
+            factor, self._effective = self._effective, None  # its last use: it is written to
         else:
             factor = ops.masked_weight(self.dense, self.mask, self.s)
             self._read()
-        self.take_scores(factor.mul_(gradient), exponent)
+        self._take_rows(factor.mul_(gradient), exponent)
 
     def take_scores(self, scores: Tensor, exponent: Tensor) -> None:
         """Scores as they are, ``[E, *shape]`` times 2^exponent; uses of a tied weight add up."""
-        scores = scores.reshape(self.groups, -1, self.columns)
+        self._take_rows(self._as_rows(scores), exponent)
+
+    def _take_rows(self, scores: Tensor, exponent: Tensor) -> None:
         if self._scores is not None:
-            scores, exponent = _added(Scaled(self._scores.weight, self.exponents), Scaled(scores, exponent))
+            scores, exponent = added(Scaled(self._scores.weight, self.exponents), Scaled(scores, exponent))
         self.exponents = exponent
         unit = int(exponent) if self.members == 1 else 0
-        self._scores = Scores(self.name, scores, self.columns, self.mask, exponent=unit)
+        self._scores = Scores(self.name, scores, self.columns, self.mask, exponent=unit, first=self.first)
         self._collected = None
 
     def replace_scores(self, scores: Tensor) -> None:
         """Other scores in place of those made: ``[*shape]``, as they are."""
+        self.replace_rows(self._as_rows(scores))
+
+    def replace_rows(self, scores: Tensor) -> None:
+        """The same, of the rows that are here: [G, O, K]."""
         self._scores = None
-        self.take_scores(scores, torch.zeros(self.members, dtype=torch.int64))
+        self._take_rows(scores, torch.zeros(self.members, dtype=torch.int64))
 
     def score_by_itself(self, x: Tensor | None = None, g: Tensor | None = None) -> None:
         """Scores s(w), or s(w) x_j g_i: made of the weight, and factors [G, 1, K] of columns and [G, 1, O] of rows."""
@@ -302,7 +308,8 @@ class Weight:
         made = self.scores
         if made.x is None and made.s == WeightMap.IDENTITY and made.layout is None:
             return made
-        return Scores(self.name, made.written(), self.columns, self.mask, exponent=made.exponent)
+        written = made.written()
+        return Scores(self.name, written, self.columns, self.mask, exponent=made.exponent, first=made.first)
 
     def cut(self, threshold: Threshold, position: int) -> None:
         """Makes a cut wait for the next forward flow, or for :meth:`settle`."""
@@ -327,10 +334,14 @@ class Weight:
 
     def set_mask(self, mask: Tensor) -> None:
         """Replaces the mask by a bool tensor of the weight's shape."""
-        self.set_words(ops.mask_pack(mask.reshape(self.groups, -1, self.columns).contiguous()))
+        self.set_mask_rows(self._as_rows(mask))
+
+    def set_mask_rows(self, mask: Tensor) -> None:
+        """The same, of the rows that are here: bool [G, O, K]."""
+        self.set_words(ops.mask_pack(mask.contiguous()))
 
     def set_words(self, words: Tensor) -> None:
-        """Replaces the mask by row words int16 [G, O, W], which become the weight's own."""
+        """The same, as row words int16 [G, O, W], which become the weight's own."""
         self._cut = self._scores = self._effective = self._pattern = None
         self.mask = words
         if self.packed is not None and self.dense is None:
@@ -350,18 +361,26 @@ class Weight:
 
     def bits(self) -> Tensor:
         """The mask as a bool tensor of the weight's shape."""
+        return self.mask_rows().reshape(self.shape)
+
+    def mask_rows(self) -> Tensor:
+        """The mask of the rows that are here, bool [G, O, K]."""
         self.settle()
         if self.mask is None:
-            return torch.ones(self.shape, dtype=torch.bool)
-        return ops.mask_unpack(self.mask, self.columns).reshape(self.shape)
+            return torch.ones(self.rows, dtype=torch.bool)
+        return ops.mask_unpack(self.mask, self.columns)
 
-    def packed_bits(self, copy: bool = True) -> Tensor:
-        """The mask as flat little-endian bits, uint8 [ceil(n / 8)] on the CPU: how ``Masks`` stores it."""
+    def whole_words(self, words: Tensor) -> Tensor:
+        """Mask words [G, O, W] of all rows, from those of the rows that are here."""
+        return words
+
+    def packed_bits(self, copy: bool = True) -> tuple[Tensor, torch.Size]:
+        """The mask as ``Masks`` stores it: flat little-endian bits, uint8 [ceil(n / 8)] on the CPU, and their shape."""
         self.settle()
         if self.mask is not None and self.columns % 16 == 0:
             flat = self.mask.cpu().view(torch.uint8).flatten()
-            return flat.clone() if copy else flat
-        return pack_bits(self.bits().cpu())
+            return flat.clone() if copy else flat, self.shape
+        return pack_bits(self.mask_rows().cpu()), self.shape
 
     def allow_return(self) -> None:
         """Lets pruned weights compete again: every weight takes part in the next cut with the score it has."""
@@ -407,40 +426,39 @@ def weights_of(
     Raises:
         ValueError: NaN or infinite weights, with the tensor's name.
     """
+    from .sharded_weight import ShardedWeight
+
     scratch = Scratch()
     synapses = [network.nodes[k] for k in network.synapses()]
-    weights: dict[str, Weight] = {}
+    uses = Counter(node.weight for node in synapses if isinstance(node, Synapse))
+    used: dict[str, Synapse] = {}
     for node in synapses:
         assert isinstance(node, Synapse)
-        if node.weight in weights:
-            continue
-        tensor = (tensors or network.tensors)[node.weight].detach()
-        check_finite(node.weight, tensor)
-        network.used(node.weight)
-        weights[node.weight] = Weight(
-            node.weight,
-            tensor,
+        used.setdefault(node.weight, node)
+    values = {name: (tensors or network.tensors)[name].detach() for name in used}
+    with network.shards.together("prune"):
+        for name, tensor in values.items():
+            check_finite(name, tensor)
+            network.used(name)
+    spread = network.shards.size > 1 and tensors is None
+    kind = partial(ShardedWeight, network.shards) if spread else Weight
+    return {
+        name: kind(
+            name,
+            values[name],
             node,
             f=maps[0],
             s=maps[1],
-            uses=sum(isinstance(n, Synapse) and n.weight == node.weight for n in synapses),
-            scored=node.weight in names,
-            mask=masks.get(node.weight) if masks else None,
+            uses=uses[name],
+            scored=name in names,
+            mask=masks.get(name) if masks else None,
             ensemble=tensors is not None,
             compact=compact,
             scratch=scratch,
             used=network.used,
         )
-    return weights
-
-
-def check_finite(name: str, tensor: Tensor) -> None:
-    """Raises ValueError for NaN or infinite weights."""
-    if tensor.numel() == 0:
-        raise ValueError(f"prune: weight '{name}': wanted at least one element, got shape {tuple(tensor.shape)}")
-    low, high = torch.aminmax(tensor)
-    if not (math.isfinite(float(low)) and math.isfinite(float(high))):
-        raise ValueError(f"prune: weight '{name}': wanted finite values, got NaN or infinite ones")
+        for name, node in used.items()
+    }
 
 
 def accumulate_type(network: PathNetwork) -> torch.dtype:
@@ -468,24 +486,3 @@ def _full_mask(rows: Tensor) -> Tensor:
     if columns % 16:
         mask[..., -1] = (1 << columns % 16) - 1
     return mask
-
-
-def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """[G, M, N] = [G, M, L] @ [G, L, N]; a single group goes through the faster plain product."""
-    if a.shape[0] != 1:
-        return torch.bmm(a, b, out=out)
-    if out is None:
-        return torch.mm(a[0], b[0])[None]
-    torch.mm(a[0], b[0], out=out[0])
-    return out
-
-
-def _added(first: Scaled, second: Scaled) -> tuple[Tensor, Tensor]:
-    """The sum of two score tensors [G, O, K], member by member at the larger exponent."""
-    top = torch.maximum(first.exponent, second.exponent)
-    total = torch.zeros_like(second.tensor)
-    for part in (first, second):
-        by_member = part.tensor.unflatten(0, (top.numel(), -1))
-        factor = power_of_two(part.exponent - top, total.dtype).reshape(-1, 1, 1, 1)
-        total += (by_member * factor).flatten(0, 1)
-    return total, top

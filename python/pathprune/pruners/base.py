@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import ops
+from ..distributed import ALONE, Group
 from ..flow import PathFlow
 from ..network import PathNetwork
 from ..ops import WeightMap
@@ -38,8 +40,13 @@ class Pruner:
         return self.rounds
 
     @property
-    def wants_merged_positions(self) -> bool:
-        """Whether equal positions of a constant source may be computed once (see ``spatial``)."""
+    def merged_under(self) -> Policy | None:
+        """The policy under which equal positions may be computed once (see ``spatial``); None: they may not."""
+        return None
+
+    @property
+    def scores_shards(self) -> bool:
+        """Whether weights may stay spread over ranks while they are scored; else every rank gathers them all."""
         return False
 
     @property
@@ -113,8 +120,8 @@ class Wrapper(Pruner):
         object.__setattr__(self, "rounds", self.base.rounds)
 
     @property
-    def wants_merged_positions(self) -> bool:
-        return self.base.wants_merged_positions
+    def merged_under(self) -> Policy | None:
+        return self.base.merged_under
 
     @property
     def needs_paths(self) -> bool:
@@ -152,8 +159,12 @@ class PathPruner(Pruner):
         return None
 
     @property
-    def wants_merged_positions(self) -> bool:
-        return self.source() is None
+    def merged_under(self) -> Policy | None:
+        return policy_of(self.policy) if self.source() is None else None
+
+    @property
+    def scores_shards(self) -> bool:
+        return True
 
     def scorer(self, network: PathNetwork, weights: Mapping[str, Weight], seed: int) -> Scorer:
         flow = PathFlow(network, weights, f=self.maps[0], policy=policy_of(self.policy), source=self.source())
@@ -202,7 +213,10 @@ class Round:
 
 
 class Selection:
-    """Cuts the weights to a density, round after round, and guesses the next threshold from the last ones."""
+    """Cuts the weights to a density, round after round, and guesses the next threshold from the last ones.
+
+    ``group``: the ranks over which the weights' rows are spread.
+    """
 
     def __init__(
         self,
@@ -211,8 +225,9 @@ class Selection:
         scope: Scope,
         count: str = "exact",
         allow_regrowth: bool = False,
+        group: Group = ALONE,
     ) -> None:
-        self.all_weights = weights
+        self.all_weights, self.group = weights, group
         self.weights = [weights[name] for name in names]
         self.scope, self.count, self.allow_regrowth = scope, count, allow_regrowth
         self.total = sum(weight.shape.numel() for weight in self.weights)
@@ -262,19 +277,21 @@ class Selection:
         if guess is not None and any(weight.collected is not None for weight in weights):
             collected = [w.collected or w.scores.collect(guess, w.scores.capacity) for w in weights]
         if self.count == "exact":
-            return select(sources, keep, guess, collected)
-        return self._published(sources, keep, guess, collected)
+            return select(sources, keep, guess, collected, self.group)
+        return self._published(weights, sources, keep, guess, collected)
 
-    @staticmethod
-    def _published(sources: Any, keep: int, guess: Bracket | None, collected: Any) -> Threshold:
+    def _published(
+        self, weights: Sequence[Weight], sources: Any, keep: int, guess: Bracket | None, collected: Any
+    ) -> Threshold:
         """The published rule: the k-th smallest of all scores, pruned ones (0) included; all scores up to it go."""
-        everything = sum(source.numel for source in sources)
-        live = sum(source.numel if source.mask is None else int(ops.mask_count(source.mask)) for source in sources)
+        everything = sum(weight.shape.numel() for weight in weights)
+        here = sum(source.numel if source.mask is None else int(ops.mask_count(source.mask)) for source in sources)
+        live = int(self.group.sum_(torch.tensor(here, device=sources[0].weight.device)))
         if keep == everything:  # k < 1: nothing happens
             return Threshold(Real(-math.inf, 0))
         if keep + 1 > live:
             return Threshold(Real(0.0, 0), tie_tensor=-1)
-        return Threshold(select(sources, keep + 1, guess, collected).value, tie_tensor=-1)
+        return Threshold(select(sources, keep + 1, guess, collected, self.group).value, tie_tensor=-1)
 
 
 class Forecast:

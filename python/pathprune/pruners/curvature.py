@@ -39,8 +39,8 @@ def backward_along(slopes: Point, vector: Point, inputs: list[Tensor], retain_gr
 
 def hessian_product(objective: Objective, point: Point, vector: Point) -> Point:
     """H v of the mean loss at ``point``, exactly; each batch keeps the graph of its gradient."""
-    leaves = objective.leaves(point)
-    with objective.undisturbed(), differentiable_twice(), Accumulator(leaves) as total:
+    leaves, ranks = objective.leaves(point), objective.network.replicas
+    with objective.undisturbed(), differentiable_twice(), Accumulator(leaves, ranks=ranks) as total:
         for position, batch in objective.batches():
             total.begin(batch.size)
             backward_along(
@@ -89,7 +89,7 @@ def hessian_diagonal(objective: Objective, point: Point, probes: int, generator:
     with (
         objective.undisturbed(),
         differentiable_twice(),
-        Accumulator(leaves, lambda name, product: product.mul_(signs[name])) as total,
+        Accumulator(leaves, lambda name, product: product.mul_(signs[name]), objective.network.replicas) as total,
     ):
         for position, batch in objective.batches():
             total.begin(batch.size, passes=probes)

@@ -24,6 +24,10 @@ class Magnitude(Pruner):
         return False
 
     @property
+    def scores_shards(self) -> bool:
+        return True
+
+    @property
     def maps(self) -> tuple[WeightMap, WeightMap]:
         return WeightMap.ABS, WeightMap.ABS
 
@@ -40,14 +44,18 @@ class Magnitude(Pruner):
 class Random(Pruner):
     """Keeps weights at random, each set of the right size equally likely. The same seed gives the same masks."""
 
+    @property
+    def scores_shards(self) -> bool:
+        return True
+
     def scorer(self, network: PathNetwork, weights: Mapping[str, Weight], seed: int) -> Scorer:
         def score(guess: Bracket | None) -> None:
             first = 0
             for weight in weights.values():
                 if weight.scored:
                     weight.settle()
-                    equal = torch.ones(weight.shape, device=network.device)
-                    weight.replace_scores(ops.gumbel_keys(equal, 0, 1.0, seed, first))
+                    equal = torch.ones(weight.rows, device=network.device)
+                    weight.replace_rows(ops.gumbel_keys(equal, 0, 1.0, seed, first + weight.first))
                 first += weight.shape.numel()
 
         return score

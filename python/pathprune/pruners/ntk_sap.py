@@ -177,7 +177,7 @@ def kernel_sensitivity(call: ModelCall, draws: Draws) -> Point:
             raise ValueError(f"NTKSAP: model: wanted a tensor or .logits as output, got {type(made).__name__}")
         return made
 
-    with call.undisturbed(), Accumulator(masks) as total:
+    with call.undisturbed(), Accumulator(masks, ranks=call.network.replicas) as total:
         for like in draws.inputs():
             theta, moved = draws.weights()
             batch, buffers = draws.noise(like), call.buffers()

@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from .. import ops
 from ..batches import Batch, Data, require_reiterable, stream
+from ..distributed import ALONE, Group
 from ..exporting import canonical_names
 from ..network import PathNetwork
 from ..ops import WeightMap
@@ -44,6 +45,10 @@ def labelled_output(output: Tensor, target: Tensor) -> Tensor:
     return output.gather(1, target[:, None]).mean()
 
 
+class NonFiniteLossError(ValueError):
+    """A loss that is NaN or infinite: the data or the network's numbers are."""
+
+
 _OF_LABELS = (cross_entropy, labelled_output)  # losses whose labels can be checked before they are used
 
 
@@ -52,7 +57,8 @@ class DataPruner(Pruner):
     """A method that scores weights by derivatives of a loss on data.
 
     Args:
-        data: re-iterable of batches ``(x, y)``; see ``batches``. Batches are streamed and may differ in size.
+        data: re-iterable of batches ``(x, y)``; see ``batches``. Batches are streamed and may differ in size. Where
+            several ranks prune together, each has its own share of them, and sums run over all samples.
         loss: ``loss(output, y) -> scalar``, the mean over the batch: every batch counts by its size, so every sample
             counts alike. ``output`` is the model's, or its ``.logits`` where it has them (Hugging Face). With the
             default, batches may be ``x`` alone if the model returns its own ``.loss``.
@@ -179,7 +185,7 @@ class Objective(ModelCall):
             got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"{self.who}: loss: wanted a scalar tensor, got {got} {where}")
         if not bool(torch.isfinite(loss)):
-            raise ValueError(f"{self.who}: loss: wanted a finite number, got {float(loss.detach())} {where}")
+            raise NonFiniteLossError(f"{self.who}: loss: wanted a finite number, got {float(loss.detach())} {where}")
         if torch.is_grad_enabled() and not loss.requires_grad:
             raise ValueError(f"{self.who}: loss: wanted one that depends on the weights, got a constant {where}")
         return loss
@@ -205,7 +211,7 @@ class Objective(ModelCall):
 
     def gradient(self, point: Point) -> Point:
         """The gradient of the mean loss with respect to the scored weights; zero where the loss has none."""
-        with self.undisturbed(), Accumulator(self.leaves(point)) as total:
+        with self.undisturbed(), Accumulator(self.leaves(point), ranks=self.network.replicas) as total:
             for position, batch in self.batches():
                 total.begin(batch.size)
                 self.loss(point, batch, position).backward(inputs=total.inputs)
@@ -218,23 +224,32 @@ class Accumulator:
     Args:
         leaves: name -> leaf tensor.
         term: makes what is added from (name, gradient in the score's type); may write to the gradient.
+        ranks: processes that have a share of the samples each; all end the pass together, or none.
     """
 
-    def __init__(self, leaves: Mapping[str, Tensor], term: Callable[[str, Tensor], Tensor] | None = None) -> None:
-        self.leaves, self.term = leaves, term
+    def __init__(
+        self,
+        leaves: Mapping[str, Tensor],
+        term: Callable[[str, Tensor], Tensor] | None = None,
+        ranks: Group = ALONE,
+    ) -> None:
+        self.leaves, self.term, self.ranks = leaves, term, ranks
+        self._together = ranks.together("prune: data")
         self.inputs = list(leaves.values())
         self.sums: Point = {}
         self.samples, self._factor = 0, 1.0
         self._handles: list[Any] = []
 
     def __enter__(self) -> Accumulator:
+        self._together.__enter__()
         for name, leaf in self.leaves.items():
             self._handles.append(leaf.register_post_accumulate_grad_hook(partial(self._take, name)))
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *failure: Any) -> None:
         for handle in self._handles:
             handle.remove()
+        self._together.__exit__(*failure)
 
     def begin(self, samples: int, passes: int = 1) -> None:
         """The backward passes to come (``passes`` of them) are means over so many samples."""
@@ -255,11 +270,14 @@ class Accumulator:
             self.sums[name] = term.mul_(self._factor)
 
     def mean(self) -> Point:
-        """The mean over all samples of each leaf's terms, in place; the accumulator is spent."""
+        """The mean over all samples, of all ranks, of each leaf's terms, in place; the accumulator is spent."""
+        samples = self.samples
+        if self.ranks.size > 1:
+            samples = int(self.ranks.sum_(torch.tensor(samples, device=self.inputs[0].device)))
         for name, leaf in self.leaves.items():
             if name not in self.sums:
                 self.sums[name] = torch.zeros(leaf.shape, dtype=score_dtype(leaf), device=leaf.device)
-            self.sums[name].div_(self.samples)
+            self.ranks.sum_(self.sums[name]).div_(samples)
         return self.sums
 
 

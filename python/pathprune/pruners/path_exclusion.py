@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from ..batches import Batch, Data, require_reiterable, stream
+from ..distributed import ALONE, Group
 from ..exporting import evaluating
 from ..flow import PathFlow
 from ..gates import GatedFlow, record
@@ -77,8 +79,8 @@ class PX(Pruner):
             raise ValueError(f"PX: variant: wanted 'paper' or 'released', got {self.variant!r}")
 
     @property
-    def wants_merged_positions(self) -> bool:
-        return self.variant == "paper"
+    def merged_under(self) -> Policy | None:
+        return policy_of(self.policy) if self.variant == "paper" else None
 
     @property
     def maps(self) -> tuple[WeightMap, WeightMap]:
@@ -86,10 +88,12 @@ class PX(Pruner):
 
     def scorer(self, network: PathNetwork, weights: Mapping[str, Weight], seed: int) -> Scorer:
         if self.variant == "released":
+            if network.replicas.size > 1:
+                raise ValueError("PX: variant: wanted 'paper' where several ranks share the data, got 'released'")
             return _released(network, weights, self.data)
         policy = policy_of(self.policy)
         flow = PathFlow(network, weights, f=WeightMap.SQUARE, policy=policy)
-        factor = DataFactor(network.whole, weights, self.data, policy)
+        factor = DataFactor(network.whole, weights, self.data, policy, network.replicas)
 
         def score(guess: Bracket | None) -> float:
             flow.forward()
@@ -109,9 +113,18 @@ class DataFactor:
     Args:
         network: with all its positions.
         weights: of the same tensors, maybe in another network; their masks are followed.
+        ranks: processes that have a share of the data each.
     """
 
-    def __init__(self, network: PathNetwork, weights: Mapping[str, Weight], data: Data, policy: Policy) -> None:
+    def __init__(
+        self,
+        network: PathNetwork,
+        weights: Mapping[str, Weight],
+        data: Data,
+        policy: Policy,
+        ranks: Group = ALONE,
+    ) -> None:
+        self.ranks = ranks
         if network.forward is None:
             raise ValueError("PX: model: wanted one that was read from a module, got a PathNetwork made by hand")
         self.network, self.leaders, self.data, self.policy = network, weights, data, policy
@@ -122,16 +135,23 @@ class DataFactor:
             weight.follow(self.leaders[name])
         real = {name: masked(self.network.tensors[name].detach(), weight) for name, weight in self.weights.items()}
         totals: list[Scaled] | None = None
-        for batch in self._pieces():
-            recording = record(self.network, batch, real, "PX")
-            squares = [x.square() for x in recording.inputs]
-            flow = GatedFlow(self.network, self.weights, recording, self.policy, source=squares)
-            flow.forward()
-            found = [_summed(flow.values[k]) for k in self.network.outputs]
-            totals = found if totals is None else [_plus(a, b) for a, b in zip(totals, found, strict=True)]
+        with self.ranks.together("PX"):
+            for batch in self._pieces():
+                recording = record(self.network, batch, real, "PX")
+                squares = [x.square() for x in recording.inputs]
+                flow = GatedFlow(self.network, self.weights, recording, self.policy, source=squares)
+                flow.forward()
+                found = [_summed(flow.values[k]) for k in self.network.outputs]
+                totals = found if totals is None else [_plus(a, b) for a, b in zip(totals, found, strict=True)]
         assert totals is not None
+        totals = [self._over_ranks(total) for total in totals]
         dtype = next(weight.effective() for weight in self.weights.values()).dtype
         return [_normalised(total, dtype) for total in totals]
+
+    def _over_ranks(self, total: Scaled) -> Scaled:
+        """The sum over the ranks, in their order."""
+        parts = map(Scaled, self.ranks.each(total.tensor), self.ranks.each(total.exponent))
+        return reduce(_plus, parts)
 
     def _pieces(self) -> Iterator[Batch]:
         """The batches, cut so that what their gates take stays small: sums over samples do not mind."""

@@ -9,13 +9,20 @@ from typing import Any
 
 import torch
 
+from .. import ops
+from .._mask_io import unpack_mask
+from ..distributed import ALONE, check_finite
+from ..liveness import reach
 from ..masks import Masks
 from ..network import PathNetwork
+from ..nodes import Softmax
+from ..ops import WeightMap
 from ..path_kernel import log2_trace
 from ..path_sampling import FlowWalks
 from ..walk_masks import Marked, WalkMasks
+from ..walk_reference import powered
 from ..walks import WalkRule, Walks
-from ..weights import check_finite
+from ..weights import weights_of
 from .base import Pruner, Round, Selection
 
 
@@ -26,6 +33,9 @@ class PHEW(Pruner):
     Every kept weight lies on a path, so effective equals direct density. The last walk stays whole: at most one path
     over the target, reported as ``overshoot``. A list of densities gives nested masks from one run of walks. The
     paper's masks of biases, those of the units visited, are ``masks.with_biases(model)``.
+
+    Through attention walks go by the values. Queries and keys get the same density, drawn in proportion to
+    ``|w|^power`` without replacement (Gumbel top-k); the number kept is then exact.
 
     Args:
         bias: None: steps see the next weight alone. ``flow``: whole paths are drawn with probability ``|v|^power / R``,
@@ -71,6 +81,10 @@ class PHEW(Pruner):
     def rule(self) -> WalkRule:
         return WalkRule(self.power, self.branches, self.identities, self.start)
 
+    @property
+    def scores_shards(self) -> bool:
+        return self.bias is None
+
     def rounds_for(self, densities: Sequence[float]) -> int:
         return len(densities)
 
@@ -85,9 +99,10 @@ class PHEW(Pruner):
     ) -> Iterator[Round]:
         if selection.scope.kind != "global" or selection.count != "exact":
             raise ValueError(f"PHEW: wanted scope='global' and count='exact', got {selection.scope} {selection.count}")
-        for name in {network.nodes[k].weight for k in network.synapses()}:  # type: ignore[attr-defined]
-            check_finite(name, network.tensors[name].detach())
-            network.used(name)
+        with network.shards.together("PHEW"):
+            for name in {network.nodes[k].weight for k in network.synapses()}:  # type: ignore[attr-defined]
+                check_finite(name, network.tensors[name].detach())
+                network.used(name)
         return self._walked(network, selection, plan, on_snapshot, seed)
 
     def _walked(
@@ -101,30 +116,32 @@ class PHEW(Pruner):
         began = time.perf_counter()
         names = [weight.name for weight in selection.weights]
         targets = {which: round(selection.total * density) for density, which in plan if which is not None}
+        asking = _Asking(network, names, self.power, seed)
         walks: WalkMasks
         if self.bias == "flow":
             walks = FlowWalks(network, names, self.power, seed)
         else:
             walks = Walks(network, names, self.rule(), seed, keep_kernels=self.keep_kernels, count_visits=True)
         partial = sorted(target for target in targets.values() if target < selection.total)
-        found = dict(zip(partial, walks.until(partial, max_walks=self.max_walks, trim=self.trim), strict=True))
+        to_walk = [target - round(asking.total * target / selection.total) for target in partial]
+        found = dict(zip(partial, walks.until(to_walk, max_walks=self.max_walks, trim=self.trim), strict=True))
         lost = walks.lost() if partial else 0
         for _, which in plan:
             if which is None:
                 continue
             target = targets[which]
             packed = {}
+            asked = asking.masks(target - found[target].kept) if target in found else {}
             for weight in selection.weights:
                 whole = torch.ones(weight.shape, dtype=torch.bool)
                 mask = walks.bits(found[target], weight.name) if target in found else whole
+                mask |= asked.get(weight.name, False)
                 weight.set_mask(mask.to(network.device))
-                packed[weight.name] = weight.packed_bits(), weight.shape
+                packed[weight.name] = weight.packed_bits()
             on_snapshot(which)
-            details = {
-                **self._details(network, Masks.from_packed(packed), found.get(target), target),
-                "quantised_to_zero": lost,
-            }
-            kept = found[target].kept if target in found else target
+            masks = Masks.from_packed(packed)
+            details = {**self._details(network, masks, found.get(target), target), "quantised_to_zero": lost}
+            kept = masks.kept
             yield Round(kept, None, None, time.perf_counter() - began, details)
             began = time.perf_counter()
 
@@ -133,10 +150,56 @@ class PHEW(Pruner):
     ) -> dict[str, Any]:
         return {
             "walks": 0 if found is None else found.walks,
-            "overshoot": 0 if found is None else found.kept - target,
+            "overshoot": sum(int(mask.sum()) for mask in masks.values()) - target,
             "log2_path_kernel_trace": log2_trace(network, masks),
             **({"unit_visits": _least_and_mean(found.visits)} if found is not None and found.visits else {}),
         }
+
+
+class _Asking:
+    """Weights on paths through queries and keys alone, which no walk takes.
+
+    Attributes:
+        total: how many there are.
+    """
+
+    def __init__(self, network: PathNetwork, names: Sequence[str], power: int, seed: int) -> None:
+        self._keys: dict[str, torch.Tensor] = {}  # [*shape], -inf where walks go
+        self.total = 0
+        self._counts: dict[str, int] = {}
+        attention = [network.nodes[k].where for k in network.alive if isinstance(network.nodes[k], Softmax)]
+        if not attention:
+            return
+        if network.shards is not ALONE:
+            raise ValueError(
+                f"PHEW: model: wanted whole weights where there is attention ({attention[0]}), got rows on "
+                "several ranks; prune(PathNetwork.from_module(model, example_input), ...) gathers them"
+            )
+        weights = weights_of(network, (), (WeightMap.ONE, WeightMap.ONE))
+        every, walked = (reach(network, weights, keep_bits=True, attention=a).packed for a in ("half", "values"))
+        offset = 0
+        for name in names:
+            shape = network.tensors[name].shape
+            asking = unpack_mask(every[name][0] & ~walked[name][0], shape)
+            count = int(asking.sum())
+            if count:
+                mass = powered(network.tensors[name].detach().cpu(), power)
+                keys = ops.gumbel_keys(mass.double(), 0, 1.0, seed, offset)
+                self._keys[name] = keys.masked_fill(~asking, -torch.inf)
+                self._counts[name] = count
+                self.total += count
+            offset += shape.numel()
+
+    def masks(self, count: int) -> dict[str, torch.Tensor]:
+        """``count`` of them, each tensor its share; those of a smaller count are among those of a larger."""
+        masks, before = {}, 0
+        for name, keys in self._keys.items():
+            share = round(count * (before + self._counts[name]) / self.total) - round(count * before / self.total)
+            before += self._counts[name]
+            masks[name] = torch.zeros(keys.numel(), dtype=torch.bool)
+            masks[name][keys.flatten().topk(share).indices] = True
+            masks[name] = masks[name].reshape(keys.shape)
+        return masks
 
 
 def _least_and_mean(visits: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, float]]:

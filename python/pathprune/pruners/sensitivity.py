@@ -163,8 +163,8 @@ class Hutchinson(DataPruner):
 
 def mean_squared_gradient(objective: Objective, point: Point, chunk: int) -> Point:
     """``mean over samples of (dL_s/dw)^2`` for each scored weight, ``chunk`` samples at a time."""
-    leaves = objective.leaves(point)
-    with objective.undisturbed(), Accumulator(leaves, lambda _, gradient: gradient.square_()) as total:
+    leaves, ranks = objective.leaves(point), objective.network.replicas
+    with objective.undisturbed(), Accumulator(leaves, lambda _, gradient: gradient.square_(), ranks) as total:
         for position, batch in objective.batches():
             with torch.no_grad():
                 objective.loss(point, batch, position)  # for what it refuses: inside vmap no value can be looked at

@@ -138,6 +138,10 @@ class TraceSaliency(PathPruner):
     policy: str = field(default="paths", kw_only=True)
 
     @property
+    def scores_shards(self) -> bool:
+        return False  # a Hessian product takes directions of the weights' size
+
+    @property
     def maps(self) -> tuple[WeightMap, WeightMap]:
         return WeightMap.SQUARE, WeightMap.SQUARE
 

@@ -1,4 +1,4 @@
-"""Real numbers beyond the range of float64: thresholds of scores that are sums over very many paths."""
+"""Real numbers beyond the range of float64: what scores of different tensors are compared as."""
 
 from __future__ import annotations
 
@@ -60,3 +60,27 @@ class Real:
         if mine < self or (strict and mine == self):
             value = np.nextafter(value, kind(np.inf))
         return float(value)
+
+
+def bin_bounds(
+    bins: np.ndarray, dtype: torch.dtype, unit: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """For each bin of ``ops.through_flow_histogram``, of scores times 2^unit: its place on one scale for all
+    tensors, its least and greatest value, their exponent.
+    """
+    kind, unsigned, bits, drop = (
+        (np.float64, np.uint64, 64, 44) if dtype == torch.float64 else (np.float32, np.uint32, 32, 15)
+    )
+    sign = unsigned(1) << unsigned(bits - 1)
+
+    def value(key: np.ndarray) -> np.ndarray:
+        floats = np.where(key & sign, key ^ sign, ~key).astype(unsigned).view(kind)
+        largest = np.finfo(kind).max
+        return np.clip(floats, -largest, largest).astype(np.float64)
+
+    first = bins.astype(unsigned) << unsigned(drop)
+    low, high = value(first), value(first | ((unsigned(1) << unsigned(drop)) - unsigned(1)))
+    magnitude = np.log2(np.abs(np.where(high > 0, high, low)).clip(5e-324)) + unit + 1e6
+    holds_zero = (low <= 0) & (high >= 0)  # zeros, mostly, whatever the exponent
+    place = np.where(holds_zero, 0.0, np.where(high > 0, magnitude, -magnitude))
+    return place, low, high, np.full(len(bins), unit)
