@@ -113,7 +113,9 @@ def prune(
         network = copy.copy(network)
         network.replicas = ranks
     names = network.select(include, exclude)
-    hashed = base_hash(network.tensors, names, network.used) if network.model is not None else None
+    hashed = None
+    if network.model is not None:
+        hashed = base_hash(network.tensors if ranks.size == 1 else network.model, names, network.used)
     ranks.agree("prune", {"weights": hashed})
     quick = merge_equal_positions(network, pruner.merged_under) if pruner.merged_under else network
     share = (0.25 if compact else 0.0) if isinstance(compact, bool) else float(compact)

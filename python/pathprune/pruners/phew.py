@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .. import ops
-from .._mask_io import unpack_mask
+from .._mask_io import pack_bits, unpack_mask
 from ..distributed import ALONE, check_finite
 from ..liveness import reach
 from ..masks import Masks
@@ -137,7 +137,7 @@ class PHEW(Pruner):
                 mask = walks.bits(found[target], weight.name) if target in found else whole
                 mask |= asked.get(weight.name, False)
                 weight.set_mask(mask.to(network.device))
-                packed[weight.name] = weight.packed_bits()
+                packed[weight.name] = pack_bits(mask), mask.shape
             on_snapshot(which)
             masks = Masks.from_packed(packed)
             details = {**self._details(network, masks, found.get(target), target), "quantised_to_zero": lost}
