@@ -7,11 +7,15 @@ masks.apply_(model)
 """
 
 from ._mask_io import MaskFileError, MaskMismatchError
+from .allocation import allocate
 from .batches import class_balanced
 from .cell_space import CellSpace
+from .checkpoint import Checkpoint
+from .checkpoint_pruning import PrunedCheckpoint, prune_checkpoint
 from .comparison import Comparison, compare
 from .convergence import Convergence, predict_convergence
 from .gradient_moments import GradientMoments, gradient_moments
+from .layers import layer_network
 from .many_networks import score_many
 from .masked import PackedMask, masked_matmul, pack_mask
 from .masks import Masks
@@ -42,6 +46,7 @@ from .pruners import (
     SynFlowL2,
     SynFlowL2Dist,
     TraceSaliency,
+    Wanda,
     cross_entropy,
     sample_with_replacement,
 )
@@ -53,6 +58,7 @@ from .score_table import NetworkScore
 from .scoring import NetworkScores, scores
 from .select import NonFiniteScoreError, Threshold, keep_masks, select_threshold
 from .sharded_masks import ShardedMasks
+from .shards import CheckpointError
 from .space_scores import score_space
 from .sparse import SparseConv2d, SparseLinear, densify, load_sparse, save_sparse, sparsify
 from .stable_resnet import StableResNet, stable_resnet
@@ -67,6 +73,8 @@ __all__ = [
     "SBP",
     "SNIP",
     "CellSpace",
+    "Checkpoint",
+    "CheckpointError",
     "Comparison",
     "Convergence",
     "EdgeOfChaos",
@@ -90,6 +98,7 @@ __all__ = [
     "PathNetwork",
     "Paths",
     "Policy",
+    "PrunedCheckpoint",
     "Pruner",
     "Random",
     "Report",
@@ -107,8 +116,10 @@ __all__ = [
     "Threshold",
     "TraceSaliency",
     "UnsupportedModelError",
+    "Wanda",
     "WeightMap",
     "__version__",
+    "allocate",
     "chi",
     "class_balanced",
     "compare",
@@ -119,6 +130,7 @@ __all__ = [
     "edge_of_chaos_init_",
     "gradient_moments",
     "keep_masks",
+    "layer_network",
     "load_sparse",
     "masked_matmul",
     "ntk",
@@ -129,6 +141,7 @@ __all__ = [
     "path_counts",
     "predict_convergence",
     "prune",
+    "prune_checkpoint",
     "random_labels",
     "reinit",
     "rescale_",

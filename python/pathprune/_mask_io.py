@@ -13,7 +13,7 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -199,15 +199,18 @@ def scattered_bits(kept: int, total: int, seed: int) -> Tensor:
     return packed
 
 
-def base_hash(model: nn.Module, names: Iterable[str]) -> str:
+def base_hash(
+    model: nn.Module | Mapping[str, Tensor], names: Iterable[str], used: Callable[[str], None] = lambda name: None
+) -> str:
     """Fingerprint of dense weights: blake2b over name, shape, dtype and values of each, in order of name.
 
     Neither the device nor the strides of a weight matter, nor over which ranks it is spread (one is gathered at a
     time); its dtype and each of its bits do.
 
     Args:
-        model: holds a parameter of each name.
+        model: holds a parameter of each name; or those tensors, by name.
         names: fully-qualified parameter names, in any order.
+        used: called with each name when its weight has been read.
 
     Returns:
         "blake2b:" and 32 hexadecimal digits.
@@ -216,10 +219,10 @@ def base_hash(model: nn.Module, names: Iterable[str]) -> str:
         KeyError: the model has no parameter of that name.
         ValueError: a parameter is on the meta device: it has no values.
     """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = dict(model.named_parameters(remove_duplicate=False)) if isinstance(model, nn.Module) else model
     wanted = sorted(names)
-    if any(parameters[name].is_meta for name in wanted) and is_offloaded(model):
-        parameters |= held(model)  # type: ignore[arg-type]
+    if isinstance(model, nn.Module) and any(parameters[name].is_meta for name in wanted) and is_offloaded(model):
+        parameters = {**parameters, **held(model)}
     digest = hashlib.blake2b(digest_size=16)
     for name in wanted:
         if parameters[name].is_meta:
@@ -229,6 +232,7 @@ def base_hash(model: nn.Module, names: Iterable[str]) -> str:
         for _, piece in flat_pieces(weight):
             values = piece.reshape(-1).cpu().contiguous().view(torch.uint8)
             digest.update(values.numpy().data)
+        used(name)
     return f"blake2b:{digest.hexdigest()}"
 
 

@@ -1,4 +1,4 @@
-"""The ``pathprune`` command: info, prune, support, report, score-space, bench.
+"""The ``pathprune`` command: info, prune, prune-checkpoint, support, report, score-space, bench.
 
 Exit codes: 0 done, 1 a mistake or a failure (one line on stderr), 2 wrong usage, 130 interrupted (to a shell: an
 interrupt inside generated source ends CPython by the signal itself).
@@ -22,10 +22,11 @@ from typing import Annotated
 from . import bench as benchmarks
 from . import info as installation
 from .cell_space import CellSpace
-from .loading import example_input, load_model
+from .checkpoint_pruning import prune_checkpoint as prune_files
+from .loading import example_input, load_model, read_tokens
 from .masks import Masks
 from .network import PathNetwork
-from .pruners import NTKSAP, PHEW, Magnitude, Pruner, Random, SynFlow, SynFlowL2, TraceSaliency
+from .pruners import NTKSAP, PHEW, Magnitude, Pruner, Random, SynFlow, SynFlowL2, TraceSaliency, Wanda
 from .pruning import prune as prune_model
 from .report import Report
 from .score_table import FLAGS
@@ -79,6 +80,25 @@ class Method(str, enum.Enum):
             "ntk-sap": NTKSAP,
         }
         return kinds[self.value]() if rounds is None else kinds[self.value](rounds=rounds)
+
+
+class FileMethod(str, enum.Enum):
+    """What scores weights that stay on the disk."""
+
+    MAGNITUDE = "magnitude"
+    SYNFLOW = "synflow"
+    SYNFLOW_L2 = "synflow-l2"
+    PHEW = "phew"
+    WANDA = "wanda"
+
+    def pruner(self, rounds: int | None, calibration: Path | None) -> Pruner:
+        if self is not FileMethod.WANDA:
+            if calibration is not None:
+                raise ValueError(f"--calibration: wanted none, {self.value} looks at no data")
+            return Method(self.value).pruner(rounds)
+        if calibration is None:
+            raise ValueError("--calibration: wanted a file of tokens for wanda, got none")
+        return Wanda(read_tokens(calibration), by_blocks=True)
 
 
 @contextmanager
@@ -143,6 +163,43 @@ def prune(
             written = sorted(path.name for path in folder.iterdir())
     typer.echo(str(report))
     typer.echo(f"\nWrote {', '.join(written)} to {out}")
+
+
+@app.command()
+def prune_checkpoint(
+    folder: Annotated[Path, typer.Argument(help="A Hugging Face folder with safetensors weights.")],
+    out: Annotated[Path, typer.Option(help="The folder to make: pruned shards, masks, and the other files.")],
+    method: Annotated[FileMethod, typer.Option(help="What scores the weights.")] = FileMethod.MAGNITUDE,
+    density: Annotated[float | None, typer.Option(help="Fraction of weights kept.")] = None,
+    sparsity: Annotated[float | None, typer.Option(help="Fraction removed.")] = None,
+    rounds: Annotated[int | None, typer.Option(help="Default: the method's own.")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Of wanda: a safetensors file of token numbers, [length] or [samples, length].")
+    ] = None,
+    input_shape: Shape = None,
+    scope: Annotated[str | None, typer.Option(help="global, layer, row, or 2:4. Default: the method's own.")] = None,
+    schedule: Annotated[str, typer.Option(help="exponential, linear or one-shot.")] = "exponential",
+    seed: Seed = 0,
+    exclude: Annotated[list[str] | None, typer.Option(help="Name pattern to leave whole; repeatable.")] = None,
+) -> None:
+    """Prune a checkpoint from file to file, in bounded memory; the same command goes on after an interruption."""
+    with _one_line_errors():
+        made = prune_files(
+            folder,
+            method.pruner(rounds, calibration),
+            out,
+            density=density,
+            sparsity=sparsity,
+            input_shape=input_shape,
+            scope=scope,
+            schedule=schedule,
+            seed=seed,
+            exclude=exclude or (),
+        )
+    typer.echo(str(Report.of(made.masks)))
+    for note in made.notes():
+        typer.echo(note)
+    typer.echo(f"\nWrote {out}")
 
 
 @app.command()

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .shards import Shard
+
 
 def load_model(spec: str, state_dict: Path | None = None, seed: int = 0) -> nn.Module:
     """The model that ``spec`` names, in eval mode.
@@ -37,12 +39,18 @@ def load_model(spec: str, state_dict: Path | None = None, seed: int = 0) -> nn.M
     return model.eval()
 
 
-def example_input(model: nn.Module, shape: str | None) -> Tensor:
+def example_input(model: nn.Module, shape: str | None) -> Tensor | dict[str, Tensor]:
     """Ones of a shape such as ``1,3,224,224``; None: the image size a Hugging Face config gives.
+
+    For a Hugging Face language model, token numbers of a shape such as ``1,16``; None: a single token. More tokens make
+    more positions to compute, and beyond eight different ones scores that are written out.
 
     Raises:
         ValueError: not a shape, or none given and none known.
     """
+    is_text = getattr(model, "main_input_name", None) == "input_ids"
+    if shape is None and is_text:
+        return {"input_ids": torch.zeros(1, 1, dtype=torch.int64)}
     if shape is None:
         config = getattr(model, "config", None)
         channels = getattr(config, "num_channels", None)
@@ -54,8 +62,32 @@ def example_input(model: nn.Module, shape: str | None) -> Tensor:
         raise ValueError(f"--input-shape: wanted numbers such as 1,3,224,224, got '{shape}'")
     else:
         sizes = [int(part) for part in re.split("[,x]", shape)]
+        if is_text:
+            return {"input_ids": torch.zeros(sizes, dtype=torch.int64)}
     floats = (p.dtype for p in model.parameters() if p.is_floating_point())
     return torch.ones(sizes, dtype=next(floats, torch.float32))
+
+
+def read_tokens(path: Path) -> list[dict[str, Tensor]]:
+    """Token numbers from a safetensors file: one batch of one sample for each row of each tensor.
+
+    Raises:
+        ValueError: another kind of file, or tensors that are not integers [length] or [samples, length].
+    """
+    shard = Shard(path)
+    samples: list[dict[str, Tensor]] = []
+    for name in shard.entries:
+        tokens = shard.tensor(name)
+        integers = not (tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool)
+        if not integers or tokens.dim() not in (1, 2) or not tokens.numel():
+            raise ValueError(
+                f"--calibration: {path}: '{name}': wanted integers [length] or [samples, length], "
+                f"got {tokens.dtype} {list(tokens.shape)}"
+            )
+        samples += [{"input_ids": row.long()[None]} for row in tokens.reshape(-1, tokens.shape[-1])]
+    if not samples:
+        raise ValueError(f"--calibration: {path}: wanted at least one tensor of tokens, got none")
+    return samples
 
 
 def _from_factory(spec: str) -> nn.Module:

@@ -53,6 +53,7 @@ class PathNetwork:
         self.shards: Group = ALONE
         self.replicas: Group = ALONE
         self.whole: PathNetwork = self  # with all positions, where this one has distinct ones only
+        self.used: Callable[[str], None] = _unwatched  # called with a weight's name when it has been read through
         self._fixed: set[str] = set()  # weights that are also used as something that is not prunable
         self._source: dict[str, Tensor] = {}  # the tensors of the model that nodes may ask for
 
@@ -396,6 +397,10 @@ def _check_tensors(model: nn.Module) -> None:
     devices = {tensor.device for tensor in tensors.values()}
     if len(devices) > 1:
         raise ValueError(f"PathNetwork: model: wanted one device, got {sorted(map(str, devices))}")
+
+
+def _unwatched(name: str) -> None:
+    """Nobody wants to know which weights have been read."""
 
 
 def _synapse_shape(node: Synapse, entering: torch.Size, weight: Tensor) -> torch.Size:

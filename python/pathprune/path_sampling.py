@@ -29,9 +29,10 @@ from .nodes import Node, Synapse
 from .ops import WeightMap
 from .path_links import by_unit, element_of, leads_to, links_of, unit_and_position, weight_shape
 from .policy import Policy, policy_of
+from .scratch import Scratch
 from .walk_masks import WalkMasks
 from .walk_tables import Table, one_thread
-from .weights import Scaled, Scratch, Weight
+from .weights import Scaled, Weight
 
 _MAPS = {1: WeightMap.ABS, 2: WeightMap.SQUARE}
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ._mask_io import base_hash
 from .distributed import is_distributed, ranks_of
+from .layers import layer_network
 from .liveness import Reach, reach
 from .masks import Masks
 from .network import PathNetwork, as_network
@@ -36,7 +37,7 @@ def prune(
     density: float | Sequence[float] | None = None,
     sparsity: float | Sequence[float] | None = None,
     example_input: Any = None,
-    scope: str = "global",
+    scope: str | None = None,
     allocation: str | Mapping[str, float] = "uniform",
     schedule: str = "exponential",
     seed: int = 0,
@@ -59,9 +60,12 @@ def prune(
         pruner: ``SynFlow()``, ``Magnitude()``, ... : configuration only.
         density: fraction of prunable weights kept, in (0, 1]; or a descending list: one schedule passes through all.
         sparsity: fraction removed, in [0, 1); exactly one of the two is given (neither for n:m, which fixes it).
-        example_input: tensor, tuple or kwargs the model accepts; not needed for a ``PathNetwork``.
-        scope: what competes: ``global``, ``layer``, ``row`` (each output unit), or ``n:m`` such as ``2:4``.
-        allocation: for ``scope="layer"``: ``uniform``, ``erdos_renyi_kernel``, ``smart_ratio``, or densities by name.
+        example_input: tensor, tuple or kwargs the model accepts; not needed for a ``PathNetwork``, nor by methods that
+            look at each layer alone (``Magnitude``, ``Wanda``).
+        scope: what competes: ``global``, ``layer``, ``row`` (each output unit), or ``n:m`` such as ``2:4``; None: the
+            method's own, ``row`` for ``Wanda``, ``global`` for others.
+        allocation: for ``scope="layer"`` or ``"row"``: ``uniform``, ``erdos_renyi_kernel``, ``smart_ratio``, or
+            densities by name, as :func:`allocate` gives them.
         schedule: ``exponential``, ``linear`` or ``one-shot``.
         seed: of pruners that draw; the only source of chance.
         include, exclude: name patterns of the weights that may be pruned; the others stay whole and are not counted.
@@ -88,12 +92,13 @@ def prune(
     began = time.perf_counter()
     ranks = ranks_of(model, process_group)
     with ranks.together("prune"):
+        require_pruner(pruner, "prune: pruner")
+        scope = pruner.scope if scope is None else scope
         area = Scope.of(scope)
         density, sparsity = _numbers("density", density), _numbers("sparsity", sparsity)
         densities = _densities(density, sparsity, area)
         if count not in ("exact", "published"):
             raise ValueError(f"prune: count: wanted 'exact' or 'published', got {count!r}")
-        require_pruner(pruner, "prune: pruner")
         if not isinstance(seed, int):
             raise TypeError(f"prune: seed: wanted an int, got {seed!r}")
     if ranks.size > 1:
@@ -102,12 +107,17 @@ def prune(
         arguments |= {"schedule": schedule, "seed": seed, "include": include, "exclude": exclude, "count": count}
         arguments |= {"allow_regrowth": allow_regrowth, "pruner": _described(pruner), "model": _shapes_of(model)}
         ranks.agree("prune", arguments)
-    network = as_network(model, example_input, sharded=ranks.size > 1 and pruner.scores_shards)
+    if isinstance(model, nn.Module) and example_input is None and not pruner.needs_paths and ranks.size == 1:
+        network = layer_network(model)
+    else:
+        network = as_network(model, example_input, sharded=ranks.size > 1 and pruner.scores_shards)
     if ranks.size > 1:
         network = copy.copy(network)
         network.replicas = ranks
     names = network.select(include, exclude)
-    hashed = base_hash(network.model, names) if network.model is not None else None
+    hashed = None
+    if network.model is not None:
+        hashed = base_hash(network.tensors if ranks.size == 1 else network.model, names, network.used)
     ranks.agree("prune", {"weights": hashed})
     quick = merge_equal_positions(network, pruner.merged_under) if pruner.merged_under else network
     share = (0.25 if compact else 0.0) if isinstance(compact, bool) else float(compact)
@@ -123,10 +133,11 @@ def prune(
     reachable = merge_equal_positions(network, "paths")
 
     def snapshot(which: int) -> None:
-        snapshots.append({name: weights[name].packed_bits() for name in names})
+        more = which < len(densities) - 1  # rounds to come, which write to the masks
+        snapshots.append({name: weights[name].packed_bits(copy=more) for name in names})
         structures.append(reach(reachable, weights))
 
-    kind = allocation if area.kind == "layer" else "uniform"
+    kind = allocation if area.kind in ("layer", "row") else "uniform"
     rounds: list[Round] = []
     finished: list[int] = []
     steps = pruner.steps(quick, selection, plan, lambda d: layer_densities(kind, shapes, d), snapshot, seed)

@@ -125,7 +125,7 @@ class ShardedWeight(Weight):
         whole = self.group.joined(words[0], self.lengths)
         return whole.reshape(self.groups, -1, words.shape[-1])
 
-    def packed_bits(self) -> tuple[Tensor, torch.Size]:
+    def packed_bits(self, copy: bool = True) -> tuple[Tensor, torch.Size]:
         """Of the rows that are here; where the tensor itself is whole here, of all rows."""
         if not self.is_spread:
             return pack_bits(self.bits()), self.shape

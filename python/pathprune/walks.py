@@ -233,6 +233,7 @@ class Walks(WalkMasks):
             gain=self._gains[k, ahead],
             valid=_moved(site.valid, self.device),
         )
+        self.network.used(site.weight)
         column = self._columns.get(k)
         if column is not None:
             entries = site.shape[3] if self.keep_kernels else 1

@@ -13,7 +13,7 @@ Two ways through a weight tensor:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -29,6 +29,7 @@ from .ops import WeightMap
 from .reference import map_weight
 from .scaled import Scaled, added, product
 from .scaled import power_of_two as power_of_two
+from .scratch import Scratch
 from .select import Bracket, Collected, Scores, Threshold
 from .sparse_ops import Pattern, sparse_index, sparse_matmul, sparse_sample
 
@@ -36,19 +37,6 @@ from .sparse_ops import Pattern, sparse_index, sparse_matmul, sparse_sample
 # and three sparse products. Only their ratio counts: below which density sparse products pay.
 _DENSE_COST, _DENSE_POSITION, _SPARSE_COST, _SPARSE_POSITION = 1.0, 0.06, 10.0, 0.12
 STREAMED_POSITIONS = 8  # positions up to which making products on the fly beats writing f(w) out
-
-
-class Scratch:
-    """Memory for one gradient at a time: fresh pages would cost as much as the product that fills them."""
-
-    def __init__(self) -> None:
-        self._flat: Tensor | None = None
-
-    def like(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
-        """A contiguous tensor of that shape; what was in the last one is gone."""
-        if self._flat is None or self._flat.numel() < rows.numel() or self._flat.dtype != dtype:
-            self._flat = torch.empty(rows.numel(), dtype=dtype, device=rows.device)
-        return self._flat[: rows.numel()].view(rows.shape)
 
 
 class Weight:
@@ -65,6 +53,7 @@ class Weight:
         ensemble: whether ``tensor`` has a leading ensemble axis.
         compact: density below which the values that are left are packed (0: never).
         scratch: memory shared with the other weights of the network.
+        used: called with the name when the tensor has been read through.
     """
 
     def __init__(
@@ -81,6 +70,7 @@ class Weight:
         ensemble: bool = False,
         compact: float = 0.0,
         scratch: Scratch | None = None,
+        used: Callable[[str], None] = lambda name: None,
     ) -> None:
         self.name, self.shape, self.f, self.s = name, tensor.shape, f, s
         self.uses, self.scored, self.form = uses, scored, synapse.form
@@ -97,6 +87,7 @@ class Weight:
         self.packed: tuple[Tensor, Tensor, Tensor] | None = None  # values, layout, row_start
         self.exponents = torch.zeros(self.members, dtype=torch.int64)  # of the written scores, one per member
         self._scratch = scratch or Scratch()
+        self._read = partial(used, name)
         self._effective: Tensor | None = None
         self._pattern: Pattern | None = None  # of the packed values, as long as they are exactly those left
         self._scores: Scores | None = None
@@ -121,7 +112,7 @@ class Weight:
             weight, layout, row_start = self.packed
         assert weight is not None
         made_of = (weight, self.columns, self.mask, x, g, self.s, exponent, layout, row_start)
-        return Scores(self.name, *made_of, first=self.first)
+        return Scores(self.name, *made_of, first=self.first, used=self._read)
 
     def _as_rows(self, tensor: Tensor) -> Tensor:
         """[G, O, K]: of a tensor of the weight's shape, the rows that are here."""
@@ -159,11 +150,14 @@ class Weight:
         if waiting is None or kept is None or kept.x is None or self.transposed:
             self.settle()
             made = (self._stored(), self.mask, x, self.f, self.transposed)
-            return ops.path_flow_linear(*made, **self._packing())  # type: ignore[arg-type]
-        bounds = waiting[0].local(kept, waiting[1])
-        self._cut = self._scores = None
-        made_of = (kept.weight, self.mask, kept.x, kept.g, self.s)
-        return ops.path_flow_linear_prune_(*made_of, *bounds, x, self.f, **kept.packing())  # type: ignore[arg-type]
+            onward = ops.path_flow_linear(*made, **self._packing())  # type: ignore[arg-type]
+        else:
+            bounds = waiting[0].local(kept, waiting[1])
+            self._cut = self._scores = None
+            made_of = (kept.weight, self.mask, kept.x, kept.g, self.s)
+            onward = ops.path_flow_linear_prune_(*made_of, *bounds, x, self.f, **kept.packing())  # type: ignore[arg-type]
+        self._read()
+        return onward
 
     def effective(self) -> Tensor:
         """``f(w) * mask`` in the tensor's own shape and the accumulate type, kept until the backward flow."""
@@ -174,6 +168,7 @@ class Weight:
         if self._effective is None:
             assert self.dense is not None
             self._effective = ops.masked_weight(self.dense, self.mask, self.f)
+            self._read()
         return self._effective
 
     # ----------------------------------------------------------------------------------------- backward flow
@@ -209,9 +204,11 @@ class Weight:
             )
             inward, *found = ops.path_flow_linear_collect(*made, **source.packing())  # type: ignore[arg-type]
             self._collected = Collected(*found)
-            return inward
-        onward = (source.weight, self.mask, g.tensor, self.f, not self.transposed)
-        return ops.path_flow_linear(*onward, **source.packing())  # type: ignore[arg-type]
+        else:
+            onward = (source.weight, self.mask, g.tensor, self.f, not self.transposed)
+            inward = ops.path_flow_linear(*onward, **source.packing())  # type: ignore[arg-type]
+        self._read()
+        return inward
 
     def _sparse(self, x: Tensor) -> Pattern | None:
         """Where the weights that are left lie, if products over them alone pay; packs them after a cut."""
@@ -255,6 +252,7 @@ class Weight:
             factor, self._effective = self._effective, None  # its last use: it is written to
         else:
             factor = ops.masked_weight(self.dense, self.mask, self.s)
+            self._read()
         self._take_rows(factor.mul_(gradient), exponent)
 
     def take_scores(self, scores: Tensor, exponent: Tensor) -> None:
@@ -278,10 +276,10 @@ class Weight:
         self._scores = None
         self._take_rows(scores, torch.zeros(self.members, dtype=torch.int64))
 
-    def score_by_itself(self) -> None:
-        """Scores s(w), made of nothing but the weight."""
+    def score_by_itself(self, x: Tensor | None = None, g: Tensor | None = None) -> None:
+        """Scores s(w), or s(w) x_j g_i: made of the weight, and factors [G, 1, K] of columns and [G, 1, O] of rows."""
         self.settle()
-        self._scores, self._collected = self._source(None, None, 0), None
+        self._scores, self._collected = self._source(x, g, 0), None
 
     def room(self, like: Tensor) -> Tensor:
         """Memory for one tensor of rows [G, O, K], shared with the network's other weights."""
@@ -310,15 +308,8 @@ class Weight:
         made = self.scores
         if made.x is None and made.s == WeightMap.IDENTITY and made.layout is None:
             return made
-        parts = (made.weight, made.mask, made.x, made.g, made.s)
-        return Scores(
-            self.name,
-            ops.through_flow(*parts, **made.packing()),  # type: ignore[arg-type]
-            self.columns,
-            self.mask,
-            exponent=made.exponent,
-            first=made.first,
-        )
+        written = made.written()
+        return Scores(self.name, written, self.columns, self.mask, exponent=made.exponent, first=made.first)
 
     def cut(self, threshold: Threshold, position: int) -> None:
         """Makes a cut wait for the next forward flow, or for :meth:`settle`."""
@@ -347,8 +338,12 @@ class Weight:
 
     def set_mask_rows(self, mask: Tensor) -> None:
         """The same, of the rows that are here: bool [G, O, K]."""
+        self.set_words(ops.mask_pack(mask.contiguous()))
+
+    def set_words(self, words: Tensor) -> None:
+        """The same, as row words int16 [G, O, W], which become the weight's own."""
         self._cut = self._scores = self._effective = self._pattern = None
-        self.mask = ops.mask_pack(mask.contiguous())
+        self.mask = words
         if self.packed is not None and self.dense is None:
             raise RuntimeError("Weight.set_mask: the dense weights are gone")
 
@@ -379,11 +374,12 @@ class Weight:
         """Mask words [G, O, W] of all rows, from those of the rows that are here."""
         return words
 
-    def packed_bits(self) -> tuple[Tensor, torch.Size]:
+    def packed_bits(self, copy: bool = True) -> tuple[Tensor, torch.Size]:
         """The mask as ``Masks`` stores it: flat little-endian bits, uint8 [ceil(n / 8)] on the CPU, and their shape."""
         self.settle()
         if self.mask is not None and self.columns % 16 == 0:
-            return self.mask.cpu().view(torch.uint8).flatten().clone(), self.shape
+            flat = self.mask.cpu().view(torch.uint8).flatten()
+            return flat.clone() if copy else flat, self.shape
         return pack_bits(self.mask_rows().cpu()), self.shape
 
     def allow_return(self) -> None:
@@ -443,6 +439,7 @@ def weights_of(
     with network.shards.together("prune"):
         for name, tensor in values.items():
             check_finite(name, tensor)
+            network.used(name)
     spread = network.shards.size > 1 and tensors is None
     kind = partial(ShardedWeight, network.shards) if spread else Weight
     return {
@@ -458,6 +455,7 @@ def weights_of(
             ensemble=tensors is not None,
             compact=compact,
             scratch=scratch,
+            used=network.used,
         )
         for name, node in used.items()
     }

@@ -10,6 +10,7 @@ from .phew import PHEW
 from .sensitivity import FORCE, SBP, SNIP, Fisher, Hutchinson, IterSNIP
 from .sketching import Sketch, sample_with_replacement
 from .unified_paths import SynFlow, SynFlowDist, SynFlowL2, SynFlowL2Dist, TraceSaliency
+from .wanda import Wanda
 
 __all__ = [
     "FORCE",
@@ -33,6 +34,7 @@ __all__ = [
     "SynFlowL2",
     "SynFlowL2Dist",
     "TraceSaliency",
+    "Wanda",
     "cross_entropy",
     "sample_with_replacement",
 ]

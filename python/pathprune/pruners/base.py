@@ -17,6 +17,7 @@ from ..flow import PathFlow
 from ..network import PathNetwork
 from ..ops import WeightMap
 from ..policy import Policy, policy_of
+from ..row_selection import cut_rows, row_length
 from ..select import Bracket, Real, Threshold, select
 from ..weights import Weight
 
@@ -49,6 +50,16 @@ class Pruner:
     def scores_shards(self) -> bool:
         """Whether weights may stay spread over ranks while they are scored; else every rank gathers them all."""
         return False
+
+    @property
+    def needs_paths(self) -> bool:
+        """Whether the method looks beyond single layers, at the paths through the network."""
+        return True
+
+    @property
+    def scope(self) -> str:
+        """Over what scores compete unless ``prune`` is told otherwise."""
+        return "global"
 
     @property
     def regrows(self) -> bool:
@@ -124,6 +135,14 @@ class Wrapper(Pruner):
         return self.base.merged_under
 
     @property
+    def needs_paths(self) -> bool:
+        return self.base.needs_paths
+
+    @property
+    def scope(self) -> str:
+        return self.base.scope
+
+    @property
     def maps(self) -> tuple[WeightMap, WeightMap]:
         return self.base.maps
 
@@ -176,7 +195,7 @@ class Scope:
     """Over which sets of weights the scores compete.
 
     ``kind``: ``global``; ``layer`` (each tensor, by ``densities``); ``row`` (each output unit); ``n:m`` (n of every m
-    weights along the input axis).
+    weights along the input axis). Of a transposed convolution a row is an input unit, as it is stored.
     """
 
     kind: str
@@ -242,7 +261,7 @@ class Selection:
             keep = round(self.total * density)
         shares = {}
         for weight in self.weights:
-            size = weight.columns if self.scope.kind in ("row", "n:m") else weight.shape.numel()
+            size = row_length(weight) if self.scope.kind in ("row", "n:m") else weight.shape.numel()
             shares[weight.name] = max(round(size * layer_plan(density)[weight.name]), 1 if size else 0)
         return keep, shares
 
@@ -253,7 +272,7 @@ class Selection:
                 weight.allow_return()
         if self.scope.kind in ("row", "n:m"):
             for weight in self.weights:
-                self._cut_rows(weight, shares[weight.name])
+                cut_rows(weight, shares[weight.name], self.scope.n, self.scope.m)
             return None
         if self.scope.kind == "layer":
             for weight in self.weights:
@@ -286,23 +305,6 @@ class Selection:
         if keep + 1 > live:
             return Threshold(Real(0.0, 0), tie_tensor=-1)
         return Threshold(select(sources, keep + 1, guess, collected, self.group).value, tie_tensor=-1)
-
-    def _cut_rows(self, weight: Weight, keep_in_row: int) -> None:
-        made = weight.written_scores()
-        bits = weight.mask_rows()
-        scores = made.weight.double().masked_fill(~bits.to(made.weight.device), -math.inf)
-        n, columns = keep_in_row, weight.columns
-        if self.scope.kind == "n:m":
-            n = self.scope.n
-            if columns % self.scope.m:
-                raise ValueError(
-                    f"scope: '{weight.name}': wanted {columns} inputs to be a multiple of {self.scope.m} for "
-                    f"{self.scope.n}:{self.scope.m}; exclude it"
-                )
-            scores = scores.unflatten(-1, (-1, self.scope.m))
-        order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :n]
-        kept = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device).scatter_(-1, order, True)
-        weight.set_mask_rows(kept.reshape(bits.shape))
 
 
 class Forecast:

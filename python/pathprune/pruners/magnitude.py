@@ -20,6 +20,10 @@ class Magnitude(Pruner):
     """Keeps the largest ``|w|``. Rounds change nothing."""
 
     @property
+    def needs_paths(self) -> bool:
+        return False
+
+    @property
     def scores_shards(self) -> bool:
         return True
 

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from .. import ops
-from .._mask_io import unpack_mask
+from .._mask_io import pack_bits, unpack_mask
 from ..distributed import ALONE, check_finite
 from ..liveness import reach
+from ..masks import Masks
 from ..network import PathNetwork
 from ..nodes import Softmax
 from ..ops import WeightMap
@@ -101,6 +102,7 @@ class PHEW(Pruner):
         with network.shards.together("PHEW"):
             for name in {network.nodes[k].weight for k in network.synapses()}:  # type: ignore[attr-defined]
                 check_finite(name, network.tensors[name].detach())
+                network.used(name)
         return self._walked(network, selection, plan, on_snapshot, seed)
 
     def _walked(
@@ -128,16 +130,18 @@ class PHEW(Pruner):
             if which is None:
                 continue
             target = targets[which]
-            masks = {}
+            packed = {}
             asked = asking.masks(target - found[target].kept) if target in found else {}
             for weight in selection.weights:
                 whole = torch.ones(weight.shape, dtype=torch.bool)
-                masks[weight.name] = walks.bits(found[target], weight.name) if target in found else whole
-                masks[weight.name] |= asked.get(weight.name, False)
-                weight.set_mask(masks[weight.name].to(network.device))
+                mask = walks.bits(found[target], weight.name) if target in found else whole
+                mask |= asked.get(weight.name, False)
+                weight.set_mask(mask.to(network.device))
+                packed[weight.name] = pack_bits(mask), mask.shape
             on_snapshot(which)
+            masks = Masks.from_packed(packed)
             details = {**self._details(network, masks, found.get(target), target), "quantised_to_zero": lost}
-            kept = sum(int(mask.sum()) for mask in masks.values())
+            kept = masks.kept
             yield Round(kept, None, None, time.perf_counter() - began, details)
             began = time.perf_counter()
 
