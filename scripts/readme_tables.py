@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = ("README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
 MARK = re.compile(r"<!-- (?P<name>[a-z_0-9]+) -->(?P<body>.*?)<!-- /(?P=name) -->", re.DOTALL)
-PROCESS_CLOCK = ("masked_matmul",)  # suites told by processor time
+CLOCK = {"masked_matmul": "process", "nas": "thread"}  # of the suites that are not timed by the wall
 OURS = "pathprune"
 
 # Machines, as the tables call them.
@@ -37,7 +37,7 @@ class Suite:
 
     def __init__(self, content: dict[str, Any]) -> None:
         self.about = content
-        self.clock = "process" if content["benchmark"] in PROCESS_CLOCK else "wall"
+        self.clock = CLOCK.get(content["benchmark"], "wall")
         self.cases = {result["case"]: result for result in content["results"]}
 
     @property
@@ -279,16 +279,71 @@ def kernel() -> str:
     return table(["path kernel and data", "pathprune", "over", ""], rows) + caption(one, px, data)
 
 
+def transformers() -> str:
+    """Rounds of SynFlow on transformers."""
+    one = suite("transformers")
+    plain_torch, read = "best PyTorch, path mode", "reading every weight once"
+    llama = next(name for name in one.cases if "Llama" in name)
+    rows = [
+        [f"a round, ViT-B/16, policy `{policy}`", span(one.seconds(f"policy {policy}")),
+         times(one.ratio(f"policy {policy}", plain_torch)), ""]
+        for policy in ("paths", "published")
+    ]  # fmt: skip
+    reads = 1 / one.ratio(llama, read)
+    rows.append(
+        [f"a round, {llama.removeprefix('SynFlow round, ')}", span(one.seconds(llama)), "", f"{reads:.1f} reads"]
+    )
+    head = ["SynFlow on transformers", "pathprune", "best PyTorch", "over reading the weights once"]
+    return table(head, rows) + caption(one)
+
+
+def checkpoints() -> str:
+    """Peak memory and time of pruning from file to file."""
+    found = json.loads((RESULTS / "large.amd-epyc-2-cores.json").read_text())
+    rows = []
+    for row in sorted(found["results"], key=lambda row: (row["method"], row["scope"])):
+        scope = "" if row["scope"] == "global" else f", {row['scope']}"
+        beyond = row["peak"] - row["start"]
+        rows.append(
+            [f"{row['method']}{scope}", megabytes(row["peak"]), megabytes(beyond), megabytes(row["beyond_shard"]),
+             span(row["seconds"]), times(row["over_copying_once"])]
+        )  # fmt: skip
+    head = ["1.1 B Llama from file to file", "peak", "beyond Python and torch", "beyond the largest shard", "time"]
+    about = Suite({**found["machine"], "benchmark": "large", "results": []})
+    return table([*head, "over copying the shards"], rows) + caption(about)
+
+
+def nas() -> str:
+    """The cell space, a line for each way."""
+    one = suite("nas")
+    case = next(iter(one.cases))
+    names = {
+        OURS: "pathprune, SynFlow's sum",
+        f"{OURS}, log2 R alone": "pathprune, log2 R",
+        f"{OURS}, fresh weights": "pathprune, weights drawn for every cell",
+        "best PyTorch": "best PyTorch, shared weights",
+        "published loop": "published loop",
+    }
+    rows = []
+    for name, shown in names.items():
+        each = one.seconds(case, name)
+        rows.append([shown, span(each), times(one.seconds(case, "published loop") / each)])
+    return table(["one thread", "per architecture", "published loop takes"], rows) + caption(one)
+
+
 def losses() -> str:
     """Every measured case in which a baseline is quicker, worst first; of the grid of products a line a layer."""
     rows, grid = [], {}
     for path in sorted(RESULTS.glob("*.*.json")):
-        one = Suite(json.loads(path.read_text()))
+        content = json.loads(path.read_text())
+        if "benchmark" not in content:  # peaks of commands, not times side by side
+            continue
+        one = Suite(content)
         if one.about["benchmark"] == "memory" or path.stem.split(".", 1)[1] not in SHORT:
             continue
         for name, result in one.cases.items():
             for baseline in result["seconds"]:
-                if baseline.startswith(OURS) or baseline == "stored tables, given" or "mapped" in name:
+                if baseline.startswith((OURS, "reading")) or baseline == "stored tables, given" or "mapped" in name:
                     continue
                 ratio = one.ratio(name, baseline)
                 if one.about["benchmark"] == "masked_matmul":
@@ -345,6 +400,7 @@ MADE: dict[str, Callable[[], str]] = {
     made.__name__: made
     for made in (
         scoring, memory, selection, phew, masked_matmul, masked_matmul_grid, kernel, losses, foretold, px_agreement,
+        transformers, checkpoints, nas,
     )
 }  # fmt: skip
 

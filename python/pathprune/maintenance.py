@@ -12,11 +12,16 @@ from ._mask_io import flat_pieces, unpack_bits, unpack_mask
 from .distributed import local
 
 
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by their bytes
+
+
 def write_zeros(weight: Tensor, packed: Tensor) -> None:
     """Zero, in place, wherever the bit is not set."""
     for start, piece in flat_pieces(weight.detach()):
         kept = unpack_bits(packed, start, start + piece.numel(), piece.device)
-        piece.masked_fill_(~kept.view(piece.shape), 0)
+        # As integers: many times as fast as masked_fill_, and what is removed is zero also where it was NaN.
+        integers = piece.view(_INTEGERS[piece.element_size()])
+        integers.mul_(kept.to(integers.dtype).view(piece.shape))
 
 
 class Maintenance:
