@@ -61,13 +61,17 @@ template <typename A>
 int64_t find_nth(const Weights& w, const ScoreFlows<A>& flows, const Span<A>& span, int64_t n,
                  int64_t* counts,  // [grid.size()]
                  const Grid& grid) {
+  constexpr int64_t kAtOnce = 32;  // blocks counted before it is asked whether they are enough
   const auto kernels = PP_BY_ISA(through_flow_kernels<A>)();
-  torch::stable::parallel_for(0, grid.size(), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) counts[i] = kernels.count(w, grid[i], flows, span);
-  });
-  for (int64_t i = 0; i < grid.size(); ++i) {
-    if (n < counts[i]) return kernels.nth(w, grid[i], flows, span, n);
-    n -= counts[i];
+  for (int64_t first = 0; first < grid.size(); first += kAtOnce) {
+    const int64_t last = std::min(first + kAtOnce, grid.size());
+    torch::stable::parallel_for(first, last, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) counts[i] = kernels.count(w, grid[i], flows, span);
+    });
+    for (int64_t i = first; i < last; ++i) {
+      if (n < counts[i]) return kernels.nth(w, grid[i], flows, span, n);
+      n -= counts[i];
+    }
   }
   return w.groups * w.rows * w.columns;
 }
