@@ -1,13 +1,14 @@
 """Layer collapse against compression, up to the largest one (SynFlow's first figure).
 
-An MLP of six layers with batch norm, every method at compressions 10^a up to N / L, one weight a layer. Read off: the fewest weights
-in a layer, whether any path is left, and the accuracy after training.
+An MLP of six layers with batch norm, every method at compressions 10^a up to N / L, one weight a layer. Read off: the
+fewest weights in a layer, whether any path is left, and the accuracy after training.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,14 @@ from .experiment import Case, Experiment, Finding, Row, curves, distinct, mean, 
 from .training import CLASSES, METHODS, masks_of, normed_mlp, scoring_data, split_of, trained_accuracy
 
 SIZES = (64, 100, 100, 100, 100, 100, 10)
-WEIGHTS = sum(a * b for a, b in zip(SIZES[:-1], SIZES[1:], strict=True))
+WEIGHTS = sum(a * b for a, b in pairwise(SIZES))
 LAYERS = len(SIZES) - 1
 LARGEST = math.floor(100 * math.log10(WEIGHTS / LAYERS)) / 100  # one weight for each layer
 LEVELS = (1.0, 2.0, 2.5, 3.0, 3.5, LARGEST)
 
 
 def cases(quick: bool, seeds: int, task: str) -> list[Case]:
-    methods = ("SynFlow", "magnitude") if quick else tuple(METHODS)
+    methods = ("PHEW", "magnitude") if quick else tuple(METHODS)
     levels = (1.0, 3.0) if quick else LEVELS
     epochs = 1 if quick else 10
     return [
@@ -107,7 +108,7 @@ def findings(rows: Sequence[Row]) -> list[Finding]:
     found.append(
         Finding(
             "measured",
-            f"of the others these empty no layer in at least one seed: {', '.join(others) or 'none'}; first collapse of "
+            f"of the others, empty no layer for at least one seed: {', '.join(others) or 'none'}; first collapse of "
             f"those that do: {', '.join(late) or 'none'}.",
         )
     )
@@ -133,10 +134,10 @@ def findings(rows: Sequence[Row]) -> list[Finding]:
 EXPERIMENT = Experiment(
     name="collapse",
     title="Layer collapse against compression",
-    claim="SynFlow reaches the largest possible compression without emptying a layer; random, magnitude, SNIP and GraSP "
-    "empty one far earlier (Tanaka et al. 2020, arXiv:2006.05467).",
-    setting=f"MLP {'-'.join(map(str, SIZES))} with batch norm, {WEIGHTS:,} weights, on digits; all methods with their own rounds; "
-    "ten epochs after pruning.",
+    claim="SynFlow reaches the largest possible compression without emptying a layer; random, magnitude, SNIP "
+    "and GraSP empty one far earlier (Tanaka et al. 2020, arXiv:2006.05467).",
+    setting=f"MLP {'-'.join(map(str, SIZES))} with batch norm, {WEIGHTS:,} weights, on digits; all methods with "
+    "their own rounds; ten epochs after pruning.",
     cases=cases,
     run=run,
     table=table,

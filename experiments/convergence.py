@@ -146,11 +146,11 @@ def findings(rows: Sequence[Row]) -> list[Finding]:
 EXPERIMENT = Experiment(
     name="convergence",
     title="The path kernel as a predictor of convergence",
-    claim="the path kernel's trace predicts, without data, how fast a pruned network learns (Gebhart, Saxena and Schrater "
-    "2021, arXiv:2101.10552).",
-    setting="MLP 64-48-48-10 without biases on 24 digits, 60 steps of full-batch gradient descent on the squared error, "
-    f"one step size for all; a rank correlation of {STRONG} or more in the claimed direction counts as agreement, one in "
-    "the other direction as contradiction.",
+    claim="the path kernel's trace predicts, without data, how fast a pruned network learns (Gebhart, Saxena "
+    "and Schrater 2021, arXiv:2101.10552).",
+    setting="MLP 64-48-48-10 without biases on 24 digits, 60 steps of full-batch gradient descent on the squared "
+    f"error, one step size for all; a rank correlation of {STRONG} or more in the claimed direction counts "
+    "as agreement, one in the other direction as contradiction.",
     cases=cases,
     run=run,
     table=table,

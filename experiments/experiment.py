@@ -166,11 +166,11 @@ class Pairs:
         return sign if unequal and same >= 0.8 * unequal and abs(self.mean) >= 2 * self.error else 0
 
     def verdict(self, claimed: int = 1) -> str:
-        """Against a claim that the first is ahead (1), behind (-1) or no different (0); three pairs say something."""
+        """Against a claim that the first is ahead (1), behind (-1) or not behind (0). Fewer than three say nothing."""
         if len(self.differences) < 3:
             return "mixed"
         if claimed == 0:
-            return "agrees" if self.clear == 0 else "contradicts"
+            return "contradicts" if self.clear < 0 else "agrees"
         return {claimed: "agrees", -claimed: "contradicts"}.get(self.clear, "mixed")
 
     def text(self, unit: str = "points", digits: int = 1) -> str:

@@ -1,9 +1,10 @@
 """Gem-Miner: a mask that is trained (Sreenivasan et al. 2022, arXiv:2202.12002), derived anew from its description.
 
 Every weight w_i stays as it was drawn and gets a score p_i in [0, 1]. The network runs with ``w_i round(p_i)``;
-rounding passes gradients straight through, so ``dL/dp_i = w_i dL/d(w_i round(p_i))``. A penalty ``(lambda / 2) sum p_i^2``
-pulls scores down. At the end of period k of n all but the ``round(N density^(k/n))`` largest scores are set to 0 and
-frozen there: one threshold for all layers, ties by position, so the last period leaves exactly the density asked for.
+rounding passes gradients straight through, so ``dL/dp_i = w_i dL/d(w_i round(p_i))``. A penalty
+``(lambda / 2) sum p_i^2`` pulls scores down. At the end of period k of n all but the ``round(N density^(k/n))`` largest
+scores are set to 0 and frozen there: one threshold for all layers, ties by position, so the last period leaves exactly
+the density asked for.
 
 The masks keep what is not frozen. (The paper rounds once more at the end, which may leave fewer.)
 """
@@ -33,8 +34,8 @@ def gem_miner(
     """Masks of what training the scores leaves of a model whose weights stay as they are.
 
     Args:
-        model: its weights of two dimensions or more are covered; other parameters are not trained. Batch norm statistics
-            are updated on the way and put back afterwards, and so is the mode.
+        model: its weights of two dimensions or more are covered; other parameters are not trained. Batch norm
+            statistics are updated on the way and put back afterwards, and so is the mode.
         density: of the weights kept, in (0, 1].
         seed: of the scores, U(1/2, 1) to begin with, and of the order of the images.
         epochs, periods: ``periods`` divides ``epochs``.

@@ -119,11 +119,12 @@ def findings(rows: Sequence[Row]) -> list[Finding]:
 EXPERIMENT = Experiment(
     name="phew",
     title="PHEW against SynFlow and SynFlow-L2",
-    claim="SynFlow-L2 raises the path kernel's trace but leaves narrow layers; PHEW keeps them wide at a trace above that "
-    "of random masks, and is more accurate than both at a wide range of densities (Patil and Dovrolis 2021, "
-    "arXiv:2010.11354).",
-    setting="VGG of four convolutions, 60,976 weights, six epochs on 2,000 drawn images. Two forms of SynFlow-L2 (the "
-    "layer-conservative one and that of PHEW's code), and PHEW with whole paths drawn in proportion to their value (flow).",
+    claim="SynFlow-L2 raises the path kernel's trace but leaves narrow layers; PHEW keeps them wide at a trace "
+    "above that of random masks, and is more accurate than both at a wide range of densities (Patil and "
+    "Dovrolis 2021, arXiv:2010.11354).",
+    setting="VGG of four convolutions, 60,976 weights, six epochs on 2,000 drawn images. Two forms of SynFlow-L2 "
+    "(the layer-conservative one and that of PHEW's code), and PHEW with whole paths drawn in proportion "
+    "to their value (flow).",
     cases=cases,
     run=run,
     table=table,

@@ -1,4 +1,4 @@
-"""The sanity checks: does accuracy need the places of weights within a layer, their values, the order of scores, labels?"""
+"""The sanity checks: does accuracy need the weights' places within a layer, their values, order of scores, labels?"""
 
 from __future__ import annotations
 
@@ -85,11 +85,12 @@ def findings(rows: Sequence[Row]) -> list[Finding]:
 EXPERIMENT = Experiment(
     name="sanity",
     title="Sanity checks",
-    claim="Masks of SNIP, GraSP, SynFlow and magnitude made at initialization lose nothing when they are shuffled within "
-    "layers, when the weights are drawn anew, or when scores are made with random labels; inverted scores do worse "
-    "(Frankle et al. 2021, arXiv:2009.08576; Su et al. 2020, arXiv:2009.11094). PHEW was not among them.",
-    setting="VGG of four convolutions, density 5 %, six epochs on 2,000 drawn images. With so few seeds *agrees* with "
-    "'loses nothing' says that no clear difference was seen, not that there is none.",
+    claim="Masks of SNIP, GraSP, SynFlow and magnitude made at initialization lose nothing when they are "
+    "shuffled within layers, when the weights are drawn anew, or when scores are made with random labels; "
+    "inverted scores do worse (Frankle et al. 2021, arXiv:2009.08576; Su et al. 2020, arXiv:2009.11094). "
+    "PHEW was not among them.",
+    setting="VGG of four convolutions, density 5 %, six epochs on 2,000 drawn images. With so few seeds *agrees* "
+    "with 'loses nothing' says that no clear loss was seen, not that there is none.",
     cases=cases,
     run=run,
     table=table,

@@ -89,10 +89,10 @@ def findings(rows: Sequence[Row]) -> list[Finding]:
 EXPERIMENT = Experiment(
     name="sketching",
     title="Sketching: top-k against sampling",
-    claim="A mask drawn at random with probabilities given by a method's scores is better than one of its largest "
-    "scores, in the data-free case (Bar and Giryes 2023, arXiv:2305.17559).",
-    setting="VGG of four convolutions, six epochs on 2,000 drawn images. Draws are global and without replacement; "
-    "methods of many rounds draw in the last one.",
+    claim="A mask drawn at random with probabilities given by a method's scores is better than one of its "
+    "largest scores, in the data-free case (Bar and Giryes 2023, arXiv:2305.17559).",
+    setting="VGG of four convolutions, six epochs on 2,000 drawn images. Draws are global and without "
+    "replacement; methods of many rounds draw in the last one.",
     cases=cases,
     run=run,
     table=table,

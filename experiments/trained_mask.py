@@ -1,4 +1,4 @@
-"""How far are masks made before training from one that is trained? Gem-Miner, and magnitude after training, as ceilings."""
+"""How far are masks made before training from a trained one? Gem-Miner, and magnitude after training, as ceilings."""
 
 from __future__ import annotations
 
@@ -113,11 +113,11 @@ def findings(rows: Sequence[Row]) -> list[Finding]:
 EXPERIMENT = Experiment(
     name="trained_mask",
     title="A trained mask as the ceiling",
-    claim="a mask found by training scores of frozen weights (Gem-Miner) beats SNIP, SynFlow and other masks made at "
-    "initialization (Sreenivasan et al. 2022, arXiv:2202.12002).",
-    setting="VGG of four convolutions, 2,000 drawn images. Scores are trained for 12 epochs in four periods; all networks "
-    "are then trained for six epochs from the weights as they were drawn, but magnitude after training, which goes on "
-    "from six epochs of dense training.",
+    claim="a mask found by training scores of frozen weights (Gem-Miner) beats SNIP, SynFlow and other masks "
+    "made at initialization (Sreenivasan et al. 2022, arXiv:2202.12002).",
+    setting="VGG of four convolutions, 2,000 drawn images. Scores are trained for 12 epochs in four periods; all "
+    "networks are then trained for six epochs from the weights as they were drawn, but magnitude after "
+    "training, which goes on from six epochs of dense training.",
     cases=cases,
     run=run,
     table=table,
