@@ -26,7 +26,6 @@ from .training import image_case, masks_of, scoring_data, small_vgg, split_of, t
 
 METHODS: dict[str, Any] = {
     "PHEW": "PHEW",
-    "PHEW, flow": pp.PHEW(bias="flow"),
     "SynFlow": "SynFlow",
     "SynFlow-L2": "SynFlow-L2",
     "SynFlow-L2, phew form": pp.SynFlowL2(variant="phew"),
@@ -88,13 +87,12 @@ def findings(rows: Sequence[Row]) -> list[Finding]:
     found = []
     walked = where(rows, method="PHEW")
     by = ("density", "seed")
-    for other in ("SynFlow", "SynFlow-L2", "SynFlow-L2, phew form", "PHEW, flow"):
+    for other in ("SynFlow", "SynFlow-L2", "SynFlow-L2, phew form"):
         theirs = where(rows, method=other)
         if not theirs:
             continue
         against = pairs(walked, theirs, by)
-        verdict = "measured" if other == "PHEW, flow" else against.verdict()
-        found.append(Finding(verdict, f"accuracy of PHEW over {other}: {against.text()}."))
+        found.append(Finding(against.verdict(), f"accuracy of PHEW over {other}: {against.text()}."))
         sparsest = min(distinct(rows, "density"))
         low = pairs(where(walked, density=sparsest), where(theirs, density=sparsest), by)
         found.append(Finding("measured", f"the same at density {percents(sparsest)} alone: {low.text()}."))
@@ -123,8 +121,7 @@ EXPERIMENT = Experiment(
     "above that of random masks, and is more accurate than both at a wide range of densities (Patil and "
     "Dovrolis 2021, arXiv:2010.11354).",
     setting="VGG of four convolutions, 60,976 weights, six epochs on 2,000 drawn images. Two forms of SynFlow-L2 "
-    "(the layer-conservative one and that of PHEW's code), and PHEW with whole paths drawn in proportion "
-    "to their value (flow).",
+    "(the layer-conservative one and that of PHEW's code).",
     cases=cases,
     run=run,
     table=table,

@@ -24,7 +24,7 @@ from .training import CLASSES, masks_of, scoring_data, split_of
 WIDTH = 64
 DEPTHS = (50, 100)
 DENSITY = 0.2
-OFF_EDGE = 0.9  # of the scale on the edge of chaos: the ordered phase
+OFF_EDGE = {"scale": 0.8, "bias": 0.3}  # the ordered phase: of the edge's deviation of weights; deviation of biases
 TREATMENTS = ("dense", "SBP", "SBP, rescaled")
 
 
@@ -35,6 +35,7 @@ def cases(quick: bool, seeds: int, task: str) -> list[Case]:
     about = {"task": "digits", "density": DENSITY, "epochs": 1 if quick else 10, "rate": 0.01}
     plain = [
         {"net": f"{activation} MLP", "depth": depth, "start": start, "treatment": treatment, "seed": seed, **about}
+        | (OFF_EDGE if start == "ordered" else {})
         for activation in (("tanh",) if quick else ("tanh", "relu"))
         for depth in depths[f"{activation} MLP"]
         for start in (("edge",) if quick else ("edge", "ordered"))
@@ -62,10 +63,12 @@ class Block(nn.Module):
         return x + self.branch(x)
 
 
-def deep_network(net: str, depth: int, scale: float, seed: int) -> nn.Sequential:
+def deep_network(net: str, depth: int, seed: int, scale: float = 1.0, bias: float = 0.0) -> nn.Sequential:
     """``depth`` linear layers of ``WIDTH`` without norms: an MLP, or ``depth - 2`` residual blocks between two layers.
 
-    Weights have ``scale`` times the standard deviation of the activation's edge of chaos, biases 0.
+    Weights have ``scale`` times the standard deviation of the activation's edge of chaos (where biases are 0), biases
+    the deviation ``bias``. Biases matter: without them signals of a small scale meet the activation where it is
+    homogeneous (tanh is linear there), what a layer loses forward it gains backward, and W dL/dW stays level.
     """
     inner: list[nn.Module] = []
     activation = "tanh" if net == "tanh MLP" else "relu"
@@ -76,11 +79,14 @@ def deep_network(net: str, depth: int, scale: float, seed: int) -> nn.Sequential
             inner.append(Block(WIDTH))
     last = nn.Tanh() if activation == "tanh" else nn.ReLU()
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, WIDTH), *inner, last, nn.Linear(WIDTH, CLASSES))
-    pp.edge_of_chaos_init_(model, activation, generator=torch.Generator().manual_seed(seed))
+    made = torch.Generator().manual_seed(seed)
+    pp.edge_of_chaos_init_(model, activation, generator=made)
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.Linear):
                 module.weight.mul_(scale)
+                if bias:
+                    module.bias.copy_(bias * torch.randn(module.bias.shape, generator=made))
     return model
 
 
@@ -112,7 +118,7 @@ def signal_slope(model: nn.Module, x: Tensor) -> float:
 def run(case: Case, folder: Path | None) -> dict[str, Any]:
     data = standardised(split_of(case, folder))
     x, batches = data.train_images[:1], scoring_data(data)
-    model = deep_network(case["net"], case["depth"], 1.0 if case["start"] == "edge" else OFF_EDGE, case["seed"])
+    model = deep_network(case["net"], case["depth"], case["seed"], case.get("scale", 1.0), case.get("bias", 0.0))
     if case["net"] == "Stable ResNet":
         pp.stable_resnet(model, x)
     found = pp.gradient_moments(model, batches, pp.cross_entropy)
@@ -208,8 +214,9 @@ EXPERIMENT = Experiment(
     "rescaled after pruning, they stay trainable; residual networks want branches scaled by 1 / sqrt(L) "
     "(Hayou et al. 2021, arXiv:2002.08797).",
     setting=f"Networks without norms, {WIDTH} wide, on standardised digits, ten epochs at rate 0.01; SBP keeps "
-    f"{100 * DENSITY:g} %; *ordered* weights have {OFF_EDGE} times the standard deviation of the edge of "
-    "chaos. m is E[(W dL/dW)^2] of a layer, signal the mean square of its pre-activations.",
+    f"{100 * DENSITY:g} %; *ordered* weights have {OFF_EDGE['scale']:g} times the standard deviation of "
+    f"the edge of chaos, and biases of deviation {OFF_EDGE['bias']:g}. m is E[(W dL/dW)^2] of a layer, "
+    "signal the mean square of its pre-activations.",
     cases=cases,
     run=run,
     table=table,

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -53,9 +52,7 @@ def complete(experiment: Experiment, results: Results, cases: Sequence[dict], fo
     known = results.read()
     missing = [case for case in cases if key_of(case) not in known]
     for case in tqdm(missing, desc=experiment.name, unit="run", disable=None):
-        began = time.process_time()
-        result = experiment.run(case, folder)
-        results.append(case, {**result, "seconds": round(time.process_time() - began, 2)})
+        results.append(case, experiment.run(case, folder))
 
 
 def draw(experiment: Experiment, rows: Sequence[Row], path: Path) -> None:

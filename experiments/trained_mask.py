@@ -26,7 +26,7 @@ from .experiment import (
 from .gem_miner import gem_miner
 from .training import image_case, masks_of, scoring_data, small_vgg, split_of, trained_accuracy
 
-AT_INITIALIZATION = ("SynFlow", "PHEW", "SNIP", "magnitude", "random, ERK")
+AT_INITIALIZATION = ("SynFlow", "PHEW", "SNIP", "random, ERK")
 TRAINED = "Gem-Miner"
 LATE = "magnitude after training"
 DENSITIES = (0.05, 0.01)

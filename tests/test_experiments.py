@@ -240,13 +240,13 @@ def test_rank_correlations_are_those_of_scipy():
 
 def test_deep_networks_are_on_and_off_the_edge_of_chaos():
     x = torch.randn(256, 64, generator=torch.Generator().manual_seed(0))
-    edge, ordered = (robust.deep_network("relu MLP", 20, scale, 0) for scale in (1.0, 0.9))
+    edge, ordered = (robust.deep_network("relu MLP", 20, 0, scale) for scale in (1.0, 0.9))
     assert sum(isinstance(module, nn.Linear) for module in edge.modules()) == 20
     # Weights of scale s multiply the mean square by s^2 a layer.
     assert abs(robust.signal_slope(edge, x)) < 0.3
     difference = robust.signal_slope(ordered, x) - robust.signal_slope(edge, x)
     assert difference == pytest.approx(2 * math.log2(0.9), rel=1e-3)
-    stable = robust.deep_network("Stable ResNet", 20, 1.0, 0)
+    stable = robust.deep_network("Stable ResNet", 20, 0)
     plain = robust.signal_slope(stable, x)
     pp.stable_resnet(stable, x[:1])
     assert robust.signal_slope(stable, x) < plain / 3
