@@ -2,6 +2,8 @@
 
 Read off, besides accuracy after training: the slope of log2 E[(W dL/dW)^2] over the layers (0: all layers are alike to
 sensitivity-based pruning, SBP), layers that SBP emptied, and by how much the variance of the signal changes per layer.
+Rescaling restores the edge where the kept weights do not depend on the signals; SBP's do, they prefer inputs that are
+active, which matters to ReLU more than to tanh.
 """
 
 from __future__ import annotations
@@ -174,36 +176,61 @@ def plot(rows: Sequence[Row], figure) -> None:
                     groups.append((f"{net}, {start}: {treatment}", own))
         bars(axes, groups)
         axes.set_title(f"depth {depth}", fontsize=10, loc="left")
+        axes.set_xlim(0, 100)
         axes.set_xlabel("test accuracy, %", fontsize=9)
+
+
+def accuracy_finding(first: Sequence[Row], second: Sequence[Row], text: str) -> list[Finding]:
+    """Whether the first is more accurate; nothing is said of networks that did not learn on either side."""
+    against = pairs(first, second, ("depth", "seed"))
+    if not against.differences:
+        return []
+    if max(mean(first, "accuracy"), mean(second, "accuracy")) < 1.5 / CLASSES:
+        return [Finding("mixed", f"{text}: neither learns.")]
+    return [Finding(against.verdict(), f"{text}: {against.text()}.")]
+
+
+def rescaling_findings(rows: Sequence[Row], net: str) -> list[Finding]:
+    found = []
+    for depth in distinct(where(rows, net=net), "depth"):
+        own = where(rows, net=net, start="edge", depth=depth)
+        after, before = where(own, treatment="SBP, rescaled"), where(own, treatment="SBP")
+        found += accuracy_finding(after, before, f"{net} on the edge, depth {depth}, accuracy rescaled over not")
+        known = [[row["signal_slope"] for row in part if row["signal_slope"] is not None] for part in (after, before)]
+        if not all(known):
+            continue
+        levels = [sum(part) / len(part) for part in known]
+        verdict = "agrees" if abs(levels[0]) < abs(levels[1]) / 2 else "mixed"
+        verdict = "contradicts" if abs(levels[0]) > abs(levels[1]) else verdict
+        text = (
+            f"{net} on the edge, depth {depth}: the log2 signal changes by {levels[1]:+.2f} a layer after SBP, and by "
+        )
+        found.append(Finding(verdict, f"{text}{levels[0]:+.2f} when rescaled (0 would be the edge)."))
+    return found
 
 
 def findings(rows: Sequence[Row]) -> list[Finding]:
     found = []
     for net in ("tanh MLP", "relu MLP"):
-        for start in ("edge", "ordered"):
-            own = where(rows, net=net, start=start)
-            against = pairs(where(own, treatment="SBP, rescaled"), where(own, treatment="SBP"), ("depth", "seed"))
-            if against.differences:
-                text = f"{net}, {start} weights, accuracy rescaled over not: {against.text()}."
-                found.append(Finding(against.verdict(), text))
-        own = [where(rows, net=net, treatment="SBP", start=start) for start in ("edge", "ordered")]
-        if all(own):
-            against = pairs(own[0], own[1], ("depth", "seed"))
-            found.append(
-                Finding(against.verdict(), f"{net} after SBP, weights on the edge over ordered: {against.text()}.")
-            )
-            empty = [mean(part, "empty") for part in own]
+        edge, ordered = (where(rows, net=net, start=start) for start in ("edge", "ordered"))
+        pruned = [where(part, treatment="SBP") for part in (edge, ordered)]
+        if all(pruned):
+            empty = [mean(part, "empty") for part in pruned]
             verdict = "agrees" if empty[1] > empty[0] else "contradicts" if empty[1] < empty[0] else "mixed"
             text = f"{net}, layers that SBP empties: {empty[0]:.1f} on the edge, {empty[1]:.1f} in the ordered phase; "
-            text += f"log2 m changes by {slope(own[0], 'moment_slope')} and {slope(own[1], 'moment_slope')} a layer."
+            text += f"log2 m changes by {slope(edge, 'moment_slope')} and {slope(ordered, 'moment_slope')} a layer."
             found.append(Finding(verdict, text))
+            dense = [where(part, treatment="dense") for part in (edge, ordered)]
+            found += accuracy_finding(*dense, f"{net}, dense, accuracy on the edge over the ordered phase")
+        found += rescaling_findings(rows, net)
     for treatment in TREATMENTS[:2]:
         stable, plain = (where(rows, net=net, treatment=treatment) for net in ("Stable ResNet", "ResNet"))
-        against = pairs(stable, plain, ("depth", "seed"))
-        if against.differences:
-            text = f"Stable ResNet over ResNet, {treatment}: {against.text()}; layers emptied "
-            text += f"{mean(stable, 'empty'):.1f} and {mean(plain, 'empty'):.1f}."
-            found.append(Finding(against.verdict(), text))
+        found += accuracy_finding(stable, plain, f"Stable ResNet over ResNet, {treatment}")
+    pruned = [where(rows, net=net, treatment="SBP") for net in ("ResNet", "Stable ResNet")]
+    if all(pruned):
+        empty = [mean(part, "empty") for part in pruned]
+        text = f"layers that SBP empties: {empty[0]:.1f} of the ResNet's, {empty[1]:.1f} of the stable one's."
+        found.append(Finding("measured", text))
     return found
 
 
