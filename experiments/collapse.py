@@ -68,7 +68,7 @@ def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     return head, body
 
 
-def plot(rows: Sequence[Row], figure) -> None:
+def plot(rows: Sequence[Row], figure: Any) -> None:
     left, right = figure.subplots(1, 2)
     curves(left, rows, "level", "fewest", "method")
     left.set_yscale("symlog", linthresh=1)

@@ -109,7 +109,7 @@ def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     return ["Spearman with the loss after training", "all", *(f"density {percents(d)}" for d in densities)], body
 
 
-def plot(rows: Sequence[Row], figure) -> None:
+def plot(rows: Sequence[Row], figure: Any) -> None:
     for axes, (name, title) in zip(figure.subplots(1, 3, sharey=True), PREDICTIONS.items(), strict=True):
         for number, method in enumerate(distinct(rows, "method")):
             own = where(rows, method=method)

@@ -88,7 +88,7 @@ def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     return ["accuracy, %", *(f"{start}, {percents(density)}" for start, density in settings)], body
 
 
-def plot(rows: Sequence[Row], figure) -> None:
+def plot(rows: Sequence[Row], figure: Any) -> None:
     starts = distinct(rows, "start")
     for axes, start in zip(figure.subplots(1, len(starts), sharey=True, squeeze=False)[0], starts, strict=True):
         curves(axes, where(rows, start=start), "density", "accuracy", "method", 100)
@@ -108,6 +108,13 @@ def findings(rows: Sequence[Row]) -> list[Finding]:
                 against = pairs(where(own, method="PX"), theirs, ("density", "seed"))
                 verdict = against.verdict() if rival in RIVALS else "measured"
                 found.append(Finding(verdict, f"{start} weights, PX over {rival}: {against.text()}."))
+    sparsest = where(rows, density=min(distinct(rows, "density")))
+    for rival in RIVALS:
+        theirs = where(sparsest, method=rival)
+        if theirs:
+            against = pairs(where(sparsest, method="PX"), theirs, ("start", "seed"))
+            text = f"PX over {rival} at {percents(sparsest[0]['density'])}, both starts: {against.text()}."
+            found.append(Finding(against.verdict(), text))
     gain = pairs(where(rows, start="pre-trained"), where(rows, start="fresh"), ("method", "density", "seed"))
     found.append(Finding("measured", f"pre-trained over fresh weights, all methods: {gain.text()}."))
     for start in distinct(rows, "start"):

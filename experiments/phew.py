@@ -73,7 +73,7 @@ def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     return head, body
 
 
-def plot(rows: Sequence[Row], figure) -> None:
+def plot(rows: Sequence[Row], figure: Any) -> None:
     panels = (("width", "live hidden units, %", 100), ("log2_trace", "log2 trace of the path kernel", 1))
     panels += (("accuracy", "test accuracy, %", 100),)
     for axes, (name, title, scale) in zip(figure.subplots(1, 3), panels, strict=True):

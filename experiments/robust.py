@@ -165,7 +165,7 @@ def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     return [*head, "layers SBP empties", "log2 m per layer", "log2 signal per layer: " + " / ".join(TREATMENTS)], body
 
 
-def plot(rows: Sequence[Row], figure) -> None:
+def plot(rows: Sequence[Row], figure: Any) -> None:
     depths = distinct(rows, "depth")
     for axes, depth in zip(figure.subplots(1, len(depths), squeeze=False)[0], depths, strict=True):
         groups = []

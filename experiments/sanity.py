@@ -58,7 +58,7 @@ def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     return ["accuracy, %", *checks], body
 
 
-def plot(rows: Sequence[Row], figure) -> None:
+def plot(rows: Sequence[Row], figure: Any) -> None:
     methods = distinct(rows, "method")
     for axes, method in zip(figure.subplots(1, len(methods), sharex=True, squeeze=False)[0], methods, strict=True):
         own = where(rows, method=method)
@@ -76,9 +76,9 @@ def findings(rows: Sequence[Row]) -> list[Finding]:
             against = pairs(where(own, check=check), where(own, check=UNCHANGED), ("density", "seed"))
             verdict = "measured" if method == "PHEW" and check != "inverted" else against.verdict(claimed)
             found.append(Finding(verdict, f"{method}, {check}, over the method as it is: {against.text()}."))
-        own = pairs(where(rows, check=check), where(rows, check=UNCHANGED), ("method", "seed"))
-        if own.differences:
-            found.append(Finding(own.verdict(claimed), f"all methods together, {check}: {own.text()}."))
+        together = pairs(where(rows, check=check), where(rows, check=UNCHANGED), ("method", "seed"))
+        if together.differences:
+            found.append(Finding(together.verdict(claimed), f"all methods together, {check}: {together.text()}."))
     return found
 
 

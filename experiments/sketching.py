@@ -59,7 +59,7 @@ def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     return ["scores of", "weights", *(f"accuracy at {percents(d)}, %" for d in densities)], body
 
 
-def plot(rows: Sequence[Row], figure) -> None:
+def plot(rows: Sequence[Row], figure: Any) -> None:
     bases = distinct(rows, "base")
     for axes, base in zip(figure.subplots(1, len(bases), sharey=True, squeeze=False)[0], bases, strict=True):
         curves(axes, where(rows, base=base), "density", "accuracy", "chosen", 100)

@@ -59,7 +59,7 @@ def run(case: Case, folder: Path | None) -> dict[str, Any]:
     elif method != "dense":
         masks = masks_of(model, method, density, seed, batches)
     result: dict[str, Any] = {}
-    if method == TRAINED:  # the mask alone: shuffled within layers, from the same weights
+    if method == TRAINED and masks is not None:  # the mask alone: shuffled within layers, from the same weights
         again = copy.deepcopy(model)
         result["shuffled"] = trained_accuracy(again, data, masks.shuffle(seed), case)
     return {**result, "accuracy": trained_accuracy(model, data, masks, case)}
@@ -80,7 +80,7 @@ def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     return ["accuracy, %", *(f"density {percents(density)}" for density in densities)], body
 
 
-def plot(rows: Sequence[Row], figure) -> None:
+def plot(rows: Sequence[Row], figure: Any) -> None:
     axes = figure.subplots()
     pruned = [row for row in rows if row["density"] < 1]
     curves(axes, pruned, "density", "accuracy", "method", 100)
