@@ -63,7 +63,7 @@ def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         cells = []
         for level in levels:
             own = where(rows, method=method, level=level)
-            cells.append(f"{mean(own, 'fewest'):.0f} / {100 * mean(own, 'accuracy'):.0f} %" if own else "-")
+            cells.append(f"{mean(own, 'fewest'):.3g} / {100 * mean(own, 'accuracy'):.0f} %" if own else "-")
         body.append([method, *cells])
     return head, body
 
