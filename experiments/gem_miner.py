@@ -39,8 +39,9 @@ def gem_miner(
         density: of the weights kept, in (0, 1].
         seed: of the scores, U(1/2, 1) to begin with, and of the order of the images.
         epochs, periods: ``periods`` divides ``epochs``.
-        rate: of Adam on the scores; 0.01 to 0.1 came out within a point of each other on one seed at density 5 %. SGD at 0.1
-            moves scores too little in a few hundred steps. decay: lambda.
+        rate: of Adam on the scores; 0.01 to 0.1 came out within a point of each other (one seed, density 5 %). SGD at
+            0.1 moves scores too little in a few hundred steps.
+        decay: lambda.
 
     Raises:
         ValueError: a density out of range, or epochs that periods do not divide.
