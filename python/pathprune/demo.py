@@ -101,9 +101,13 @@ class Run:
     train_seconds: float
 
 
-def train(model: nn.Module, data: Split, masks: Masks | None, seed: int, epochs: int) -> list[float]:
-    """SGD with momentum and a one-cycle rate; pruned weights stay zero. Returns test accuracy by epoch."""
-    batch, rate = 64, 0.1
+def train(model: nn.Module, data: Split, masks: Masks | None, seed: int, epochs: int, rate: float = 0.1) -> list[float]:
+    """SGD with momentum and a one-cycle schedule up to ``rate``; pruned weights stay zero.
+
+    Returns:
+        Test accuracy after each epoch.
+    """
+    batch = 64
     samples = len(data.train_images)
     optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, weight_decay=5e-4)
     cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, epochs * -(-samples // batch))
