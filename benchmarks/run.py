@@ -119,7 +119,10 @@ def nas_suite(quick: bool) -> list[tuple[str, Work]]:
 
 def transformers_suite(quick: bool) -> list[tuple[str, Work]]:
     layers = 2 if quick else 22
-    cases: list[tuple[str, Work]] = [("llama", lambda b: transformers_scoring.llama_round(layers, 9, b))]
+    cases: list[tuple[str, Work]] = [
+        (f"llama {threads} threads", lambda b, t=threads: transformers_scoring.llama_round(layers, t, 9, b))
+        for threads in (1, 2)
+    ]
     if not quick:
         cases += [(f"vit {p}", lambda b, p=p: transformers_scoring.vit_round(p, 5, b)) for p in ("paths", "published")]
     return cases

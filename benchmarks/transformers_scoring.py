@@ -176,8 +176,17 @@ def llama(layers: int, dtype: torch.dtype = torch.bfloat16, **options: Any) -> n
         torch.set_default_dtype(before)
 
 
-def llama_round(layers: int, repeats: int, bandwidth: float) -> Result:
+def llama_round(layers: int, threads: int, repeats: int, bandwidth: float) -> Result:
     """Rounds of a 100-round schedule to 50 %, of one token, against a plain read of the same weights."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return _llama_round(layers, repeats, bandwidth)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _llama_round(layers: int, repeats: int, bandwidth: float) -> Result:
     model = llama(layers)
     ours = OurRounds(model, {"input_ids": torch.ones(1, 1, dtype=torch.long)}, "published")
     densities = iter(exponential_densities(0.5, 100))
@@ -191,7 +200,10 @@ def llama_round(layers: int, repeats: int, bandwidth: float) -> Result:
             raise AssertionError(f"kept {kept}, wanted {wanted}")
         return f"{kept:,} of {ours.numel:,} weights kept"
 
-    case = Case(f"SynFlow round, Llama of {ours.numel / 1e9:.2f} B weights, bfloat16", conserves)
+    case = Case(
+        f"SynFlow round, Llama of {ours.numel / 1e9:.2f} B weights, bfloat16, {torch.get_num_threads()} threads",
+        conserves,
+    )
     case.add(OURS, lambda: ours.round(next(densities)), bytes_moved=4.375 * ours.numel)
     case.add(READ, lambda: [w.view(torch.int64).sum() for w in ours.tensors], bytes_moved=2.0 * ours.numel)
     return case.measure(repeats, warmup=2, bandwidth=bandwidth)

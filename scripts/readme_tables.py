@@ -283,16 +283,14 @@ def transformers() -> str:
     """Rounds of SynFlow on transformers."""
     one = suite("transformers")
     plain_torch, read = "best PyTorch, path mode", "reading every weight once"
-    llama = next(name for name in one.cases if "Llama" in name)
     rows = [
         [f"a round, ViT-B/16, policy `{policy}`", span(one.seconds(f"policy {policy}")),
          times(one.ratio(f"policy {policy}", plain_torch)), ""]
         for policy in ("paths", "published")
     ]  # fmt: skip
-    reads = 1 / one.ratio(llama, read)
-    rows.append(
-        [f"a round, {llama.removeprefix('SynFlow round, ')}", span(one.seconds(llama)), "", f"{reads:.1f} reads"]
-    )
+    for llama in (name for name in one.cases if "Llama" in name):
+        shown = llama.removeprefix("SynFlow round, ").replace(" 1 threads", " 1 thread")
+        rows.append([f"a round, {shown}", span(one.seconds(llama)), "", f"{1 / one.ratio(llama, read):.1f} reads"])
     head = ["SynFlow on transformers", "pathprune", "best PyTorch", "over reading the weights once"]
     return table(head, rows) + caption(one)
 
@@ -367,23 +365,6 @@ def _label(case: str) -> str:
     return case.replace("forms, ", "walk steps, ").replace(" 1 walkers a unit", " 1 walker a unit")
 
 
-def foretold() -> str:
-    """What the trace of the path kernel says about training."""
-    found = plain("convergence")
-    rows = []
-    for key, label in (
-        ("log2_path_kernel_trace", "path kernel, no data"),
-        ("log2_ntk_trace", "tangent kernel, on data"),
-    ):
-        inside = [values[key]["spearman"] for values in found["at one density"].values()]
-        every = found["correlation"][key]["spearman"]
-        rows.append([label, f"{every:.2f}", f"{max(inside):.2f} to {min(inside):.2f}"])
-    count = len(found["rows"])
-    return table(
-        [f"trace of the, and the loss after training of {count} networks: Spearman", "all", "at one density"], rows
-    )
-
-
 def px_agreement() -> str:
     """How much of PX's mask other scores keep."""
     found = plain("px_agreement")
@@ -399,7 +380,7 @@ def px_agreement() -> str:
 MADE: dict[str, Callable[[], str]] = {
     made.__name__: made
     for made in (
-        scoring, memory, selection, phew, masked_matmul, masked_matmul_grid, kernel, losses, foretold, px_agreement,
+        scoring, memory, selection, phew, masked_matmul, masked_matmul_grid, kernel, losses, px_agreement,
         transformers, checkpoints, nas,
     )
 }  # fmt: skip

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from ._mask_io import flat_pieces, unpack_bits, unpack_mask
 from .distributed import local
 
-
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by their bytes
 
 
