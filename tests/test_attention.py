@@ -293,3 +293,31 @@ def test_a_torch_encoder_is_pruned_and_reported(pruner: pp.Pruner) -> None:
 def test_data_driven_gates_refuse_attention() -> None:
     with pytest.raises(ValueError, match=r"PX: model: wanted one without attention or embeddings, got .*product_atten"):
         pp.prune(Block(), pp.PX([torch.rand(4, 2, 3)], rounds=2), density=0.5, example_input=torch.ones(1, 2, 3))
+
+
+class Routed(nn.Module):
+    """Two experts, of which data chooses one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.experts = nn.Linear(3, 2), nn.Parameter(torch.rand(2, 4, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        share, chosen = self.router(x).softmax(-1).topk(1)
+        rows = x.repeat_interleave(chosen.shape[1], 0)
+        made = torch.bmm(self.experts[chosen.reshape(-1)], rows.unsqueeze(-1)).squeeze(-1) * share.reshape(-1, 1)
+        return made.view(len(x), -1, 4).sum(1)
+
+
+def test_every_expert_is_scored_with_equal_weight_and_the_router_is_not() -> None:
+    model = Routed().double()
+    network = PathNetwork.from_module(model, torch.ones(1, 3).double())
+    assert network.prunable == ("experts",)
+    log2_total, scores, _ = scored(network)
+    torch.testing.assert_close(scores["experts"], model.experts.detach() / 2)
+    assert 2**log2_total == pytest.approx(float(model.experts.sum()) / 2)
+
+
+def test_recorded_gates_refuse_a_choice_of_experts() -> None:
+    with pytest.raises(ValueError, match="PX: model: wanted one whose data chooses no experts, got topk"):
+        pp.prune(Routed(), pp.PX([torch.rand(4, 3)], rounds=2), density=0.5, example_input=torch.ones(1, 3))

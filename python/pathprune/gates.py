@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 from .batches import Batch
+from .exporting import operator_name
 from .flow import PathFlow, geometry_of, largest_magnitude
 from .network import PathNetwork
 from .nodes import Expression, Gate, Input, Node, Norm, Pool, Product, Softmax, Synapse
@@ -68,6 +69,8 @@ def record(network: PathNetwork, batch: Batch, weights: Mapping[str, Tensor], wh
         node = network.nodes[k]
         if isinstance(node, (Softmax, Input)) and (isinstance(node, Softmax) or node.where.endswith("(embedding)")):
             raise ValueError(f"{who}: model: wanted one without attention or embeddings, got {node.where}")
+    if any(n.op == "call_function" and operator_name(n) == "topk" for n in forward.graph.graph.nodes):
+        raise ValueError(f"{who}: model: wanted one whose data chooses no experts, got topk in it")
     for k in network.gates:
         node = network.nodes[k]
         if isinstance(node, Gate) and node.name in _SHIFTED:
