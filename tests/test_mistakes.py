@@ -70,3 +70,20 @@ def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"No such folder: '.*missing'"):
         MASKS.save(tmp_path / "missing" / "masks.safetensors")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_pruners() -> None:
+    for make in (
+        lambda: pp.SynFlow(rounds=0),
+        lambda: pp.SynFlowL2(variant="other"),
+        lambda: pp.SynFlow(policy="mine"),
+        lambda: pp.SynFlowDist([]),
+        lambda: pp.Sketch(pp.SynFlow(), temperature=0.0),
+        lambda: prune(pp.SynFlowDist(-torch.ones(6))),
+        lambda: prune(pp.SynFlowDist(torch.ones(5))),
+        lambda: prune(pp.SynFlow(rounds=2), density=[0.5, 0.4, 0.3]),
+    ):
+        with pytest.raises(ValueError, match="wanted"):
+            make()
+    with pytest.raises(ValueError, match="example_input"):
+        prune(example_input=None)

@@ -434,25 +434,6 @@ def test_bad_arguments(arguments, message):
         pp.prune(small(), pp.Magnitude(), example_input=X, **arguments)
 
 
-def test_bad_pruners():
-    for make in (
-        lambda: pp.SynFlow(rounds=0),
-        lambda: pp.SynFlowL2(variant="other"),
-        lambda: pp.SynFlow(policy="mine"),
-        lambda: pp.SynFlowDist([]),
-        lambda: pp.Sketch(pp.SynFlow(), temperature=0.0),
-        lambda: pp.prune(small(), pp.SynFlowDist(-torch.ones(3, 16, 16)), density=0.5, example_input=X),
-        lambda: pp.prune(small(), pp.SynFlowDist(torch.ones(3, 8, 8)), density=0.5, example_input=X),
-        lambda: pp.prune(small(), pp.SynFlow(rounds=2), density=[0.5, 0.4, 0.3], example_input=X),
-    ):
-        with pytest.raises(ValueError, match="wanted"):
-            make()
-    with pytest.raises(TypeError, match="pruner"):
-        pp.prune(small(), "synflow", density=0.5, example_input=X)
-    with pytest.raises(ValueError, match="example_input"):
-        pp.prune(small(), pp.SynFlow(), density=0.5)
-
-
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("name", ["block.weight", "head.weight"])
 def test_non_finite_weights_are_refused_by_name(bad, name):
