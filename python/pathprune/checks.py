@@ -82,6 +82,7 @@ def check_arguments(op: str, given: Mapping[str, Any]) -> None:
 
 
 def refuse(op: str, argument: str, wanted: str, got: object) -> NoReturn:
+    """Raises ValueError: what the op wanted for an argument, and what it got."""
     raise ValueError(f"{op}: {argument}: wanted {wanted}, got {_describe(got)}")
 
 

@@ -39,7 +39,7 @@ from .pruners import NTKSAP, SNIP, GraSP, SynFlow
 from .pruners.base import PathPruner, Pruner, require_scores
 from .pruners.objective import Loss
 from .spatial import merge_equal_positions
-from .weights import weights_of
+from .weights import stacked, weights_of
 from .zico import zico
 
 WeightSet = Mapping[str, Tensor]
@@ -188,11 +188,7 @@ def _flow(
     names = network.select() if scored else ()
     if len(sets) == 1:
         network, sets = network.with_tensors(sets[0]), ()
-    stacked = None
-    if sets:
-        read = {network.nodes[k].weight for k in network.synapses()}  # type: ignore[attr-defined]
-        stacked = {name: torch.stack([own[name].detach() for own in sets]) for name in read}
-    weights = weights_of(network, names, maps, tensors=stacked)
+    weights = weights_of(network, names, maps, tensors=stacked(network, sets) if sets else None)
     return PathFlow(network, weights, f=maps[0], policy=policy, source=source, scored=scored, members=sets)
 
 

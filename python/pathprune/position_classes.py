@@ -17,6 +17,7 @@ AxisMaps = Mapping[int, Tensor]
 
 
 def count(classes: Tensor) -> int:
+    """How many classes there are."""
     return int(classes.max()) + 1 if classes.numel() else 0
 
 

@@ -74,6 +74,7 @@ def along(expression: Expression, dims: int, channel_dim: int) -> Expression:
 
 
 def shifted(t: Tracer, node: fx.Node, index: int, bias: Any, channel_dim: int, kind: str = "bias") -> int:
+    """The flow with a bias added along ``channel_dim``, where there is one."""
     if bias is None:
         return index
     value = along(t.constant(bias), len(t.shape(node)), channel_dim)
@@ -352,6 +353,7 @@ def _power(entries: Tensor, power: float) -> Tensor:
 
 
 def scaled(t: Tracer, node: fx.Node, flow: int, factor: Expression) -> int:
+    """The flow times fixed numbers."""
     return t.add(Scale((flow,), t.shape(node), factor=factor), node)
 
 

@@ -15,7 +15,7 @@ from .network import PathNetwork, as_network
 from .policy import policy_of
 from .pruners.base import PathPruner, Pruner, require_pruner
 from .spatial import merge_equal_positions
-from .weights import weights_of
+from .weights import stacked, weights_of
 
 Network = nn.Module | PathNetwork
 WeightSet = Mapping[str, Tensor]
@@ -101,17 +101,12 @@ def _ensemble(
         check_weight_set(network, entry, f"scores: weight set {k}")
     if len(sets) == 1:
         return [_one(network.with_tensors(sets[0]), method, masks, seed=0)]
-    names = network.select()
-    stacked = {}
-    for name in dict.fromkeys([*names, *(_weight_name(network, k) for k in network.synapses())]):
-        stacked[name] = torch.stack([entry[name].detach() for entry in sets])
+    names, policy = network.select(), policy_of(method.policy)
     if masks is not None:
         masks = {name: masks[name].expand(len(sets), *masks[name].shape) for name in masks}  # type: ignore[assignment]
-    policy = method.merged_under
-    quick = merge_equal_positions(network, policy, fixed=False) if policy else network
-    weights = weights_of(quick, names, method.maps, masks=masks, tensors=stacked)
-    policy, source = policy_of(method.policy), method.source()
-    flow = PathFlow(quick, weights, f=method.maps[0], policy=policy, source=source, members=sets)
+    quick = merge_equal_positions(network, policy, fixed=False) if method.merged_under else network
+    weights = weights_of(quick, names, method.maps, masks=masks, tensors=stacked(network, sets))
+    flow = PathFlow(quick, weights, f=method.maps[0], policy=policy, source=method.source(), members=sets)
     totals = flow.forward()
     flow.backward()
     results = []

@@ -39,11 +39,19 @@ class ShardedWeight(Weight):
         tensor: a DTensor, cut along its rows; or the same tensor on every rank, of which each takes its part.
         mask: bool tensor of the whole weight's shape.
         options: the others of :class:`Weight`.
+
+    Raises:
+        ValueError: the weights of experts.
     """
 
     def __init__(
         self, group: Group, name: str, tensor: Tensor, synapse: Synapse, *, mask: Tensor | None = None, **options: Any
     ) -> None:
+        if synapse.form.startswith("experts"):
+            raise ValueError(
+                f"prune: weight '{name}': wanted experts' weights whole, got rows on several ranks; "
+                "prune(PathNetwork.from_module(model, example_input), ...) gathers them"
+            )
         self.group = group
         self.begin, self.end = group.rows(tensor.shape[0])
         self.lengths = group.lengths(tensor.shape[0])

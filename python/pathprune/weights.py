@@ -461,6 +461,12 @@ def weights_of(
     }
 
 
+def stacked(network: PathNetwork, sets: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The weights of an ensemble, ``[E, *shape]`` by name, from each member's own."""
+    names = dict.fromkeys(node.weight for node in _synapses(network))
+    return {name: torch.stack([own[name].detach() for own in sets]) for name in names}
+
+
 def accumulate_type(network: PathNetwork) -> torch.dtype:
     """float64 for float64 weights, else float32.
 

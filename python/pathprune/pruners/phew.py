@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .. import ops
-from .._mask_io import pack_bits, unpack_mask
+from .._mask_io import count_ones, pack_bits, unpack_mask
 from ..distributed import ALONE, check_finite
 from ..liveness import reach
 from ..masks import Masks
@@ -131,11 +131,11 @@ class PHEW(Pruner):
                 continue
             target = targets[which]
             packed = {}
-            asked = asking.masks(target - found[target].kept) if target in found else {}
             for weight in selection.weights:
                 whole = torch.ones(weight.shape, dtype=torch.bool)
                 mask = walks.bits(found[target], weight.name) if target in found else whole
-                mask |= asked.get(weight.name, False)
+                if target in found and (asked := asking.drawn(weight.name, target - found[target].kept)) is not None:
+                    mask |= asked
                 weight.set_mask(mask.to(network.device))
                 packed[weight.name] = pack_bits(mask), mask.shape
             on_snapshot(which)
@@ -145,12 +145,10 @@ class PHEW(Pruner):
             yield Round(kept, None, None, time.perf_counter() - began, details)
             began = time.perf_counter()
 
-    def _details(
-        self, network: PathNetwork, masks: Mapping[str, torch.Tensor], found: Marked | None, target: int
-    ) -> dict[str, Any]:
+    def _details(self, network: PathNetwork, masks: Masks, found: Marked | None, target: int) -> dict[str, Any]:
         return {
             "walks": 0 if found is None else found.walks,
-            "overshoot": sum(int(mask.sum()) for mask in masks.values()) - target,
+            "overshoot": masks.kept - target,
             "log2_path_kernel_trace": log2_trace(network, masks),
             **({"unit_visits": _least_and_mean(found.visits)} if found is not None and found.visits else {}),
         }
@@ -164,9 +162,10 @@ class _Asking:
     """
 
     def __init__(self, network: PathNetwork, names: Sequence[str], power: int, seed: int) -> None:
-        self._keys: dict[str, torch.Tensor] = {}  # [*shape], -inf where walks go
+        self._network, self._power, self._seed = network, power, seed
+        self._bits: dict[str, tuple[torch.Tensor, int, int]] = {}  # packed, how many are set, and of those before it
+        self._first: dict[str, int] = {}  # name -> the counter of its first draw
         self.total = 0
-        self._counts: dict[str, int] = {}
         attention = [network.nodes[k].where for k in network.alive if isinstance(network.nodes[k], Softmax)]
         if not attention:
             return
@@ -177,29 +176,28 @@ class _Asking:
             )
         weights = weights_of(network, (), (WeightMap.ONE, WeightMap.ONE))
         every, walked = (reach(network, weights, keep_bits=True, attention=a).packed for a in ("half", "values"))
-        offset = 0
+        first = 0
         for name in names:
-            shape = network.tensors[name].shape
-            asking = unpack_mask(every[name][0] & ~walked[name][0], shape)
-            count = int(asking.sum())
+            bits = every[name][0] & ~walked[name][0]
+            count = count_ones(bits)
             if count:
-                mass = powered(network.tensors[name].detach().cpu(), power)
-                keys = ops.gumbel_keys(mass.double(), 0, 1.0, seed, offset)
-                self._keys[name] = keys.masked_fill(~asking, -torch.inf)
-                self._counts[name] = count
+                self._bits[name], self._first[name] = (bits, count, self.total), first
                 self.total += count
-            offset += shape.numel()
+            first += network.tensors[name].numel()
 
-    def masks(self, count: int) -> dict[str, torch.Tensor]:
-        """``count`` of them, each tensor its share; those of a smaller count are among those of a larger."""
-        masks, before = {}, 0
-        for name, keys in self._keys.items():
-            share = round(count * (before + self._counts[name]) / self.total) - round(count * before / self.total)
-            before += self._counts[name]
-            masks[name] = torch.zeros(keys.numel(), dtype=torch.bool)
-            masks[name][keys.flatten().topk(share).indices] = True
-            masks[name] = masks[name].reshape(keys.shape)
-        return masks
+    def drawn(self, name: str, count: int) -> torch.Tensor | None:
+        """Of ``count`` in all, those of one tensor, in its share; those of fewer are among those of more."""
+        if name not in self._bits:
+            return None
+        bits, mine, before = self._bits[name]
+        share = round(count * (before + mine) / self.total) - round(count * before / self.total)
+        tensor = self._network.tensors[name].detach().cpu()
+        mass = powered(tensor, self._power)
+        keys = ops.gumbel_keys(mass, 0, 1.0, self._seed, self._first[name])
+        keys = keys.masked_fill_(~unpack_mask(bits, tensor.shape), -torch.inf).flatten()
+        mask = torch.zeros(keys.shape, dtype=torch.bool)
+        mask[keys.topk(share).indices] = True
+        return mask.reshape(tensor.shape)
 
 
 def _least_and_mean(visits: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, float]]:
