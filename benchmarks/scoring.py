@@ -32,14 +32,15 @@ NUMPY = "best PyTorch + numpy select"
 class OurRounds:
     """SynFlow round by round, as ``prune`` runs it."""
 
-    def __init__(self, model: nn.Module, x: Tensor, compact: float = 0.25) -> None:
-        network = PathNetwork.from_module(model, x)
-        quick = merge_equal_positions(network)
+    def __init__(self, model: nn.Module, x: Any, compact: float = 0.25, policy: str = "published") -> None:
+        network, pruner = PathNetwork.from_module(model, x), pp.SynFlow(policy=policy)
+        quick = merge_equal_positions(network, policy)
         self.names = network.select()
-        self.weights = weights_of(quick, self.names, pp.SynFlow().maps, compact=compact)
+        self.weights = weights_of(quick, self.names, pruner.maps, compact=compact)
         self.selection = Selection(self.weights, self.names, Scope.of("global"))
-        self.scorer = pp.SynFlow().scorer(quick, self.weights, 0)
-        self.numel = sum(network.tensors[name].numel() for name in self.names)
+        self.scorer = pruner.scorer(quick, self.weights, 0)
+        self.tensors = [network.tensors[name] for name in self.names]
+        self.numel = sum(tensor.numel() for tensor in self.tensors)
 
     def round(self, density: float) -> None:
         share = dict.fromkeys(self.names, density)

@@ -14,40 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import pathprune as pp
 from baselines import BestPyTorchSynFlow, FlatWeights, exponential_densities
 from harness import Case, Result, assert_same_masks
-from pathprune.network import PathNetwork
-from pathprune.pruners.base import Scope, Selection, run
-from pathprune.spatial import merge_equal_positions
-from pathprune.weights import weights_of
+from scoring import OURS, OurRounds
+from selection_baselines import sample_positions
 
-OURS = "pathprune"
 PLAIN = "best PyTorch, path mode"
 READ = "reading every weight once"
 Forward = Callable[[Mapping[str, Tensor]], Tensor]
-
-
-class OurRounds:
-    """SynFlow round by round, as ``prune`` runs it."""
-
-    def __init__(self, model: nn.Module, inputs: Any, policy: str) -> None:
-        network = PathNetwork.from_module(model, inputs)
-        quick = merge_equal_positions(network, policy)
-        pruner = pp.SynFlow(policy=policy)
-        self.names = network.select()
-        self.weights = weights_of(quick, self.names, pruner.maps, compact=0.25)
-        self.selection = Selection(self.weights, self.names, Scope.of("global"))
-        self.scorer = pruner.scorer(quick, self.weights, 0)
-        self.tensors = [network.tensors[name] for name in self.names]
-        self.numel = sum(tensor.numel() for tensor in self.tensors)
-
-    def round(self, density: float) -> None:
-        share = dict.fromkeys(self.names, density)
-        list(run(self.scorer, self.selection, [(density, None)], lambda _: share, lambda _: None))
-
-    def masks(self) -> dict[str, Tensor]:
-        return {name: self.weights[name].bits() for name in self.names}
 
 
 class PlainRounds(BestPyTorchSynFlow):
@@ -57,9 +31,8 @@ class PlainRounds(BestPyTorchSynFlow):
         self.flat = FlatWeights(weights, torch.float32)
         self.count, self.select = "exact", "bracket"
         self.scorer = _PathMode(self.flat, forward)  # type: ignore[assignment]
-        scores = self.flat.scores
-        self.positions = torch.randint(scores.numel(), (1 << 16,), generator=torch.Generator().manual_seed(0))
-        self.live = torch.ones_like(scores, dtype=torch.bool)
+        self.positions = sample_positions(self.flat.scores)
+        self.live = torch.ones_like(self.flat.scores, dtype=torch.bool)
 
 
 class _PathMode:
@@ -133,7 +106,7 @@ def _vit(**options: Any) -> nn.Module:
 
 
 def _rounds_of(model: nn.Module, policy: str) -> tuple[OurRounds, PlainRounds]:
-    ours = OurRounds(model, torch.ones(1, 3, model.config.image_size, model.config.image_size), policy)
+    ours = OurRounds(model, torch.ones(1, 3, model.config.image_size, model.config.image_size), policy=policy)
     weights = {name: model.get_parameter(name) for name in ours.names}
     return ours, PlainRounds(weights, PlainViT(model, biases=policy == "published"))
 
@@ -188,7 +161,7 @@ def llama_round(layers: int, threads: int, repeats: int, bandwidth: float) -> Re
 
 def _llama_round(layers: int, repeats: int, bandwidth: float) -> Result:
     model = llama(layers)
-    ours = OurRounds(model, {"input_ids": torch.ones(1, 1, dtype=torch.long)}, "published")
+    ours = OurRounds(model, {"input_ids": torch.ones(1, 1, dtype=torch.long)})
     densities = iter(exponential_densities(0.5, 100))
 
     def conserves() -> str:

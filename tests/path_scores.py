@@ -36,11 +36,16 @@ def path_scores(
     """log2 R [E] and name -> scores [*shape], or [E, *shape] for an ensemble; with ``log2``, their log2."""
     weights = weights_of(network, network.prunable, (f, f if s is None else s), masks=masks, tensors=tensors)
     flow = PathFlow(network, weights, f=f, policy=policy_of(policy, **overrides), source=source)
+    return scores_through(flow, log2)
+
+
+def scores_through(flow: PathFlow, log2: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
+    """The same of a flow: forward, backward, and the scores that made."""
     total = flow.forward()
     flow.backward()
     scores = {}
-    for name in network.prunable:
-        weight = weights[name]
+    for name in flow.network.prunable:
+        weight = flow.weights[name]
         written = weight.written_scores()
         exponent = weight.exponents if weight.members > 1 else torch.tensor([written.exponent])
         values = written.weight.double().reshape(weight.members, -1)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pathprune as pp
+from path_scores import scores_through
 from pathprune import nodes as kinds
 from pathprune.flow import PathFlow
 from pathprune.network import PathNetwork
@@ -25,13 +26,8 @@ def scored(
     weights = weights_of(network, network.prunable, (f, f))
     flow = PathFlow(network, weights, f=f, policy=policy_of(policy, **choices), source=source)
     flow.keep_flows = True
-    log2_total = float(flow.forward())
-    flow.backward()
-    scores = {}
-    for name in network.prunable:
-        made = weights[name].written_scores()
-        scores[name] = made.weight.double().reshape(weights[name].shape) * 2.0**made.exponent
-    return log2_total, scores, flow
+    log2_total, scores = scores_through(flow)
+    return float(log2_total), scores, flow
 
 
 def entering(network: PathNetwork, flow: PathFlow) -> float:

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from checkpoint_folders import (
     INDEX,
@@ -143,15 +143,8 @@ def test_an_index_that_lies(folder, lie):
 
 def test_a_tensor_in_two_shards(folder):
     first, second = sorted(folder.glob("model-*"))[:2]
-    both = {**tensors_of(first), **tensors_of(second)}
-    save_file(both, second)
+    save_file({**load_file(first), **load_file(second)}, second)
     refused(folder, f"is in both {first.name} and {second.name}")
-
-
-def tensors_of(path):
-    from safetensors.torch import load_file
-
-    return load_file(path)
 
 
 def test_quantised_weights(folder):

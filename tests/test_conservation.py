@@ -18,13 +18,14 @@ from path_scores import POWER, path_scores
 from pathprune import models
 from pathprune.flow import PathFlow
 from pathprune.network import PathNetwork
-from pathprune.nodes import Constant, Gate, Input, Shift, Synapse
+from pathprune.nodes import Constant, Gate, Input, Shift, Softmax, Synapse
 from pathprune.ops import WeightMap
 from pathprune.policy import policy_of
 from pathprune.spatial import merge_equal_positions
 from pathprune.weights import weights_of
 from test_flow import Mixed
 from test_rules_wires import SqueezeExcite, WithConstantPart, Words
+from test_transformers import MODELS, tiny
 
 
 @pytest.fixture(autouse=True)
@@ -78,6 +79,13 @@ def read(net: str) -> PathNetwork:
     return PathNetwork.from_module(lively(build()), example)
 
 
+@functools.cache
+def read_transformer(name: str) -> PathNetwork:
+    model, inputs = tiny(name)
+    inputs = {key: x.double() if x.is_floating_point() else x for key, x in inputs.items()}
+    return PathNetwork.from_module(lively(copy.deepcopy(model)), inputs)
+
+
 # -------------------------------------------------------------------------------------- every cut carries R
 
 
@@ -89,7 +97,10 @@ def with_taps(network: PathNetwork) -> tuple[PathNetwork, list[tuple[int, int, f
     taps = []
 
     def tap(k: int, end: float) -> int:
-        taps.append((tapped.add(Gate((moved[k],), network.nodes[k].shape, name="tap")), k, end))
+        if isinstance(network.nodes[k], Softmax):  # is told from other factors by standing before the product
+            taps.append((moved[k], k, end))
+        else:
+            taps.append((tapped.add(Gate((moved[k],), network.nodes[k].shape, name="tap")), k, end))
         return taps[-1][0]
 
     for k, node in enumerate(network.nodes):
@@ -99,14 +110,23 @@ def with_taps(network: PathNetwork) -> tuple[PathNetwork, list[tuple[int, int, f
     return tapped.set_outputs(*(tap(k, math.inf) for k in network.outputs)), taps
 
 
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("policy", "attention"), [("paths", "budget"), ("published", "half")])
+def test_every_cut_of_a_transformer_carries_the_sum_over_all_paths(name, policy, attention):
+    assert_every_cut_carries_all(read_transformer(name), policy, WeightMap.ABS, attention=attention)
+
+
 @pytest.mark.parametrize("net", NETS)
 @pytest.mark.parametrize("policy", ["paths", "published"])
 @pytest.mark.parametrize("f", [WeightMap.ABS, WeightMap.SQUARE])
 def test_every_cut_carries_the_sum_over_all_paths(net, policy, f):
-    network = read(net)
+    assert_every_cut_carries_all(read(net), policy, f)
+
+
+def assert_every_cut_carries_all(network, policy, f, **choices):
     tapped, taps = with_taps(network)
     weights = weights_of(tapped, tapped.prunable, (f, f))
-    flow = PathFlow(tapped, weights, f=f, policy=policy_of(policy))
+    flow = PathFlow(tapped, weights, f=f, policy=policy_of(policy, **choices))
     flow.keep_flows = True
     total = float(flow.forward()[0])
     assert math.isfinite(total)
@@ -121,7 +141,7 @@ def test_every_cut_carries_the_sum_over_all_paths(net, policy, f):
 
     edges = [(begin, end, share(k)) for k, begin, end in taps]
     begun: dict[int, float] = {}  # where paths begin -> their share
-    moved = {new: old for old, new in zip(sorted(network.alive), _untapped(tapped, taps), strict=True)}
+    moved = {new: old for old, new in zip(sorted(network.alive), _untapped(tapped), strict=True)}
     for new, k in moved.items():
         node = network.nodes[k]
         if isinstance(node, Input):
@@ -138,7 +158,7 @@ def test_every_cut_carries_the_sum_over_all_paths(net, policy, f):
         assert crossing + later == pytest.approx(1.0, abs=1e-9), f"after {network.nodes[cut]}"
     for new, k in moved.items():
         node = network.nodes[k]
-        if isinstance(node, Synapse):  # the scores of a layer are what enters it
+        if isinstance(node, Synapse) and node.weight in network.prunable:  # the scores of a layer are what enters it
             made = weights[node.weight].written_scores()
             scored = float(made.weight.sum()) * 2 ** (made.exponent - total)
             (entering,) = (amount for _, end, amount in edges if end == k)
@@ -146,9 +166,8 @@ def test_every_cut_carries_the_sum_over_all_paths(net, policy, f):
             assert share(new) == pytest.approx(entering, rel=1e-9)
 
 
-def _untapped(tapped: PathNetwork, taps: list[tuple[int, int, float]]) -> Iterator[int]:
-    gates = {k for k, _, _ in taps}
-    return (k for k in range(len(tapped.nodes)) if k not in gates)
+def _untapped(tapped: PathNetwork) -> Iterator[int]:
+    return (k for k, node in enumerate(tapped.nodes) if not (isinstance(node, Gate) and node.name == "tap"))
 
 
 # ---------------------------------------------------------------------------------- affine in every weight

@@ -403,17 +403,18 @@ class PathFlow(ScaledArithmetic):
         """A share to each factor; attention weights whose similarity is zero leave theirs to the values."""
         assert isinstance(node, kinds.Product)
         left, right = self._saved.pop(k)
-        share, rest = 0.5, left.tensor * 0.5
+        to_left: Tensor | float = 0.5
         if isinstance(self.network.nodes[node.inputs[0]], kinds.Softmax):
-            share = SHARES[self.policy.attention]
-            rest = left.tensor * (1 - share * (self._saved[node.inputs[0]].tensor > 0).to(self.dtype))
+            is_open = self._saved[node.inputs[0]].tensor > 0
+            to_left = SHARES[self.policy.attention] * is_open.to(self.dtype)
         inward = []
-        for slot, (own, held, factor) in enumerate(((left, right.tensor * share, right), (right, rest, left))):
+        for slot, (own, other, share) in enumerate(((left, right, to_left), (right, left, 1 - to_left))):
+            held = other.tensor if slot == 0 else other.tensor * share  # shares are of the left factor's elements
             with torch.enable_grad():
                 leaf = own.tensor.detach().requires_grad_()
                 made = self._mapped(node.apply, [leaf, held] if slot == 0 else [held, leaf])
             (part,) = torch.autograd.grad(made, leaf, g.tensor)
-            inward.append(self._normalised(part, g.exponent + factor.exponent))
+            inward.append(self._normalised(part * share if slot == 0 else part, g.exponent + other.exponent))
         return inward
 
     def _backward_softmax(self, k: int, node: Node, g: Scaled, guess: Bracket | None) -> list[Scaled]:
