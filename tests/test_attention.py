@@ -12,10 +12,12 @@ from torch import Tensor, nn
 import pathprune as pp
 from path_scores import scores_through
 from pathprune import nodes as kinds
+from pathprune.distributed import ALONE
 from pathprune.flow import PathFlow
 from pathprune.network import PathNetwork
 from pathprune.ops import WeightMap
 from pathprune.policy import SHARES, policy_of
+from pathprune.sharded_weight import ShardedWeight
 from pathprune.weights import weights_of
 
 
@@ -317,3 +319,9 @@ def test_every_expert_is_scored_with_equal_weight_and_the_router_is_not() -> Non
 def test_recorded_gates_refuse_a_choice_of_experts() -> None:
     with pytest.raises(ValueError, match="PX: model: wanted one whose data chooses no experts, got topk"):
         pp.prune(Routed(), pp.PX([torch.rand(4, 3)], rounds=2), density=0.5, example_input=torch.ones(1, 3))
+
+
+def test_experts_on_several_ranks_are_refused() -> None:
+    synapse = kinds.Synapse((0,), torch.Size((1, 2, 1, 4)), weight="experts", form="experts", groups=2)
+    with pytest.raises(ValueError, match="'experts': wanted experts' weights whole, got rows on several ranks"):
+        ShardedWeight(ALONE, "experts", torch.rand(2, 4, 3), synapse, f=WeightMap.ABS, s=WeightMap.ABS)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ._mask_io import base_hash
-from .distributed import is_distributed, ranks_of
+from .distributed import Group, is_distributed, ranks_of
 from .layers import layer_network
 from .liveness import Reach, reach
 from .masks import Masks
@@ -107,13 +107,7 @@ def prune(
         arguments |= {"schedule": schedule, "seed": seed, "include": include, "exclude": exclude, "count": count}
         arguments |= {"allow_regrowth": allow_regrowth, "pruner": _described(pruner), "model": _shapes_of(model)}
         ranks.agree("prune", arguments)
-    if isinstance(model, nn.Module) and example_input is None and not pruner.needs_paths and ranks.size == 1:
-        network = layer_network(model)
-    else:
-        network = as_network(model, example_input, sharded=ranks.size > 1 and pruner.scores_shards)
-    if ranks.size > 1:
-        network = copy.copy(network)
-        network.replicas = ranks
+    network = _network_for(model, pruner, example_input, ranks)
     names = network.select(include, exclude)
     hashed = None
     if network.model is not None:
@@ -146,21 +140,31 @@ def prune(
         if len(snapshots) > len(finished):
             finished.append(len(rounds))
     asked = {"density": density, "sparsity": sparsity, "scope": scope, "schedule": schedule, "count": count}
+    about = {
+        "method": pruner.name,
+        "config": {**pruner.config(), **{k: v for k, v in asked.items() if v is not None}},
+        "seed": seed,
+        "version": __version__,
+        "base_hash": hashed,
+    }
     results = []
     for bits, structure, stop in zip(snapshots, structures, finished, strict=True):
-        metadata = {
-            "method": pruner.name,
-            "config": {**pruner.config(), **{k: v for k, v in asked.items() if v is not None}},
-            "seed": seed,
-            "version": __version__,
-            "base_hash": hashed,
-            "findings": {
-                **_findings(rounds[:stop], network, time.perf_counter() - began),
-                "structure": structure.as_dict(),
-            },
-        }
+        findings = _findings(rounds[:stop], network, time.perf_counter() - began)
+        metadata = {**about, "findings": {**findings, "structure": structure.as_dict()}}
         results.append(_masks_of(bits, metadata, network, model))
     return results if isinstance(density if density is not None else sparsity, list) else results[0]
+
+
+def _network_for(model: nn.Module | PathNetwork, pruner: Pruner, example_input: Any, ranks: Group) -> PathNetwork:
+    """The network that the pruner works on: with layers alone where it asks for no paths, with the ranks it is on."""
+    alone = ranks.size == 1
+    if isinstance(model, nn.Module) and example_input is None and not pruner.needs_paths and alone:
+        return layer_network(model)
+    network = as_network(model, example_input, sharded=not alone and pruner.scores_shards)
+    if not alone:
+        network = copy.copy(network)
+        network.replicas = ranks
+    return network
 
 
 def _masks_of(

@@ -4,7 +4,7 @@ With the rows of W spread over ranks, each rank makes the outputs of its own row
 the backward flow ``g W`` as a sum of the ranks' parts; for weights that flow enters at the rows it is the other way
 round. Flows are whole, and the same, on every rank. So forward flow has the bits of one process (each output is one
 row's sum), and backward flow those of a sum in blocks of rows. Many rounds amplify a rounding: after 30 rounds of
-SynFlow on 54 million weights 5e-4 of the bits differ from one process's, as many as between its float32 and float64.
+SynFlow on 54 million weights 5e-4 of the bits differ from one process's.
 
 A convolution is gathered for the time of its product (on every use, so one layer's weights are whole at a time): that
 product has the bits of one process. Its scores are kept for the rows that are here.
