@@ -160,7 +160,7 @@ def test_selects_from_products_without_writing_them():
     w = torch.randn(1, 120, 77, generator=generator)
     x, g = torch.rand(1, 1, 77, generator=generator), torch.rand(1, 1, 120, generator=generator)
     threshold = select([Scores("w", w, 77, x=x, g=g, s=WeightMap.ABS, exponent=9)], 500)
-    written = (w[0].abs() * x[0]) * g[0].T
+    written = (w[0].abs() * g[0].T) * x[0]
     assert threshold == select_threshold([written], 500, [9])
 
 

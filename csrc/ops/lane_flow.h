@@ -119,13 +119,19 @@ class ColumnFlowVisitor {
 
     PP_INLINE void take(int word, const Mapped<A, kRows>& f, const Bits (&live)[kRows]) {
 #pragma GCC unroll 4
-      for (int p = 0; p < kPositions; ++p) {
-        A* sums = sums_ + p * pitch_ + kWordColumns * word;
-        Lanes<A> sum = load(sums);
+      for (int p = 0; p < kPositions; ++p) add(p, word, weigh(p, f), live);
+    }
+
+    PP_INLINE Mapped<A, kRows> weigh(int p, const Mapped<A, kRows>& f) const {
+      return weigh_rows(f, g_[p]);
+    }
+
+    PP_INLINE void add(int p, int word, const Mapped<A, kRows>& fg, const Bits (&live)[kRows]) {
+      A* sums = sums_ + p * pitch_ + kWordColumns * word;
+      Lanes<A> sum = load(sums);
 #pragma GCC unroll 4
-        for (int j = 0; j < kRows; ++j) sum = add_where(live[j], sum, f.row[j] * g_[p][j]);
-        store(sums, sum);
-      }
+      for (int j = 0; j < kRows; ++j) sum = add_where(live[j], sum, fg.row[j]);
+      store(sums, sum);
     }
 
     PP_INLINE void finish() {}

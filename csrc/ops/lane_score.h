@@ -1,5 +1,5 @@
 // Visitors that compute scores (lane_sweep.h says what a visitor is). Their strips also take mapped
-// weights, so that they can share them with the strip of a flow.
+// weights, and these times the flow at the rows, so that they can share them with a flow's strip.
 
 #pragma once
 
@@ -11,7 +11,7 @@
 
 namespace pathprune::PATHPRUNE_ISA {
 
-// The score as (s(w) x) g, also where it is s(w), with x = g = 1, or s(w) times a sum over
+// The score as (s(w) g) x, also where it is s(w), with x = g = 1, or s(w) times a sum over
 // positions, which is then formed for the tile beforehand, with g = 1: products with 1 are exact.
 template <typename A, typename Map = AnyMap<A>>
 class Scorer {
@@ -49,9 +49,10 @@ class Scorer {
     }
 
     PP_INLINE Mapped<A, kRows> map(const Lanes<A> (&w)[kRows]) const { return map_rows(map_, w); }
+    PP_INLINE Mapped<A, kRows> weigh(const Mapped<A, kRows>& s) const { return weigh_rows(s, g_); }
 
-    PP_INLINE Lanes<A> operator()(int word, int j, const Lanes<A>& s) const {
-      return through_flow(s, load(x_ + j * x_pitch_ + kWordColumns * word), g_[j]);
+    PP_INLINE Lanes<A> operator()(int word, int j, const Lanes<A>& sg) const {
+      return sg * load(x_ + j * x_pitch_ + kWordColumns * word);
     }
 
    private:
@@ -129,17 +130,19 @@ class CollectVisitor {
           hi_(broadcast(visitor.collection_.bracket.hi)),
           end_(visitor.end_) {}
 
-    PP_INLINE Mapped<A, kRows> map(const Lanes<A> (&w)[kRows]) const { return score_.map(w); }
+    PP_INLINE Mapped<A, kRows> weigh(const Lanes<A> (&w)[kRows]) const {
+      return score_.weigh(score_.map(w));
+    }
 
     PP_INLINE void operator()(int word, const Lanes<A> (&w)[kRows], const Bits (&live)[kRows]) {
-      take(word, map(w), live);
+      take(word, weigh(w), live);
     }
 
     // In single rows few lanes are live: their scores are moved together before they are looked at.
-    PP_INLINE void take(int word, const Mapped<A, kRows>& s, const Bits (&live)[kRows]) {
+    PP_INLINE void take(int word, const Mapped<A, kRows>& sg, const Bits (&live)[kRows]) {
 #pragma GCC unroll 4
       for (int j = 0; j < kRows; ++j) {
-        const Lanes<A> v = score_(word, j, s.row[j]);
+        const Lanes<A> v = score_(word, j, sg.row[j]);
         if constexpr (kRows == 1) {
           gathered_ = append(gathered_, live[j], v);
         } else {
@@ -228,10 +231,10 @@ class WriteVisitor {
     }
 
     PP_INLINE void operator()(int word, const Lanes<A> (&w)[kRows], const Bits (&live)[kRows]) {
-      const Mapped<A, kRows> s = score_.map(w);
+      const Mapped<A, kRows> sg = score_.weigh(score_.map(w));
 #pragma GCC unroll 4
       for (int j = 0; j < kRows; ++j) {
-        const Lanes<A> v = keep(live[j], score_(word, j, s.row[j]));
+        const Lanes<A> v = keep(live[j], score_(word, j, sg.row[j]));
         A* to = scores_ + j * pitch_ + kWordColumns * word;
         if (word == rest_word_) [[unlikely]] {
           A lane[kLanes];
@@ -280,10 +283,10 @@ class CountVisitor {
           below_(broadcast(visitor.span_.below)) {}
 
     PP_INLINE void operator()(int word, const Lanes<A> (&w)[kRows], const Bits (&live)[kRows]) {
-      const Mapped<A, kRows> s = score_.map(w);
+      const Mapped<A, kRows> sg = score_.weigh(score_.map(w));
 #pragma GCC unroll 4
       for (int j = 0; j < kRows; ++j) {
-        const Lanes<A> v = score_(word, j, s.row[j]);
+        const Lanes<A> v = score_(word, j, sg.row[j]);
         within_.add(more_than(at_least(live[j], v, at_least_), below_, v));
       }
     }
@@ -345,11 +348,12 @@ class PruneVisitor {
 
     PP_INLINE void take(int word, const Mapped<A, kRows>& s, const Bits (&live)[kRows],
                         Bits (&stays)[kRows]) {
+      const Mapped<A, kRows> sg = score_.weigh(s);
 #pragma GCC unroll 4
       for (int j = 0; j < kRows; ++j) {
         if (kWordColumns * (word + 1) > before_[j]) [[unlikely]]
           cross(j, word);
-        stays[j] = at_least(live[j], score_(word, j, s.row[j]), bound_[j]);
+        stays[j] = at_least(live[j], score_(word, j, sg.row[j]), bound_[j]);
         mask_[j * visitor_.words_ + word] = static_cast<uint16_t>(stays[j]);
       }
     }

@@ -74,17 +74,17 @@ struct Upcoming {
   }
 };
 
-template <typename A, typename Strip>
-PP_INLINE void visit_rows(const Tile& tile, const A* values,  // [kRowsAtOnce, columns]
+template <typename W, typename Strip>
+PP_INLINE void visit_rows(const Tile& tile, const W* values,  // [kRowsAtOnce, columns]
                           int64_t pitch, const Upcoming& upcoming, Strip& strip) {
-  Lanes<A> w[kRowsAtOnce];
+  Lanes<Accumulate<W>> w[kRowsAtOnce];
   Bits live[kRowsAtOnce];
   const int whole = tile.whole_words();
   for (int i = 0; i < whole; ++i) {
 #pragma GCC unroll 4
     for (int j = 0; j < kRowsAtOnce; ++j) {
       upcoming.fetch(j, i);
-      w[j] = load(values + j * pitch + kWordColumns * i);
+      w[j] = load_wide(values + j * pitch + kWordColumns * i);
       live[j] = tile.mask_row(j)[i];
     }
     strip(i, w, live);
@@ -92,15 +92,15 @@ PP_INLINE void visit_rows(const Tile& tile, const A* values,  // [kRowsAtOnce, c
   if (tile.rest) {
 #pragma GCC unroll 4
     for (int j = 0; j < kRowsAtOnce; ++j) {
-      w[j] = load_first(values + j * pitch + kWordColumns * whole, tile.rest);
+      w[j] = load_first_wide(values + j * pitch + kWordColumns * whole, tile.rest);
       live[j] = tile.mask_row(j)[whole] & first_lanes(tile.rest);
     }
     strip(whole, w, live);
   }
 }
 
-template <typename A, typename Strip>
-PP_INLINE void visit_words(const Tile& tile, const A* values,  // [columns]
+template <typename W, typename Strip>
+PP_INLINE void visit_words(const Tile& tile, const W* values,  // [columns]
                            const uint16_t* mask, uint64_t live_words, Strip& strip) {
   const int whole = tile.whole_words();
   // Among dead words most of what lies ahead is not needed.
@@ -108,49 +108,40 @@ PP_INLINE void visit_words(const Tile& tile, const A* values,  // [columns]
   for (uint64_t todo = live_words; todo; todo &= todo - 1) {
     const int i = __builtin_ctzll(todo);
     __builtin_prefetch(values + kWordColumns * i + ahead);
-    Lanes<A> w[1];
+    Lanes<Accumulate<W>> w[1];
     Bits live[1] = {mask[i]};
     if (i < whole) {
-      w[0] = load(values + kWordColumns * i);
+      w[0] = load_wide(values + kWordColumns * i);
     } else {
-      w[0] = load_first(values + kWordColumns * i, tile.rest);
+      w[0] = load_first_wide(values + kWordColumns * i, tile.rest);
       live[0] &= first_lanes(tile.rest);
     }
     strip(i, w, live);
   }
 }
 
-// Dense weights, four rows at once unless most words are dead.
-template <typename A>
+// Dense weights, stored as W, four rows at once unless most words are dead.
+template <typename W>
 class DenseTiles {
  public:
+  using A = Accumulate<W>;
   static constexpr int kRows = kSideBySide<A> ? kRowsAtOnce : 1;
 
-  DenseTiles(const Weights& w, const Block& block) : w_(w), last_tile_(block.tile_end - 1) {}
+  DenseTiles(const Weights& w, const Block& block)
+      : stored_(static_cast<const W*>(w.values)),
+        pitch_(w.columns),
+        last_tile_(block.tile_end - 1) {}
 
   PP_INLINE void enter_strip(const Tile& tile) {
-    next_strip_ = (tile.flat_row + kRows) * w_.columns + tile.first_column();
+    next_strip_ = (tile.flat_row + kRows) * pitch_ + tile.first_column();
   }
 
-  void enter(const Tile& tile) {
-    const int64_t first = tile.flat_row * w_.columns + tile.first_column();
+  PP_INLINE void enter(const Tile& tile) {
+    const int64_t first = tile.flat_row * pitch_ + tile.first_column();
     const int64_t next = tile.index < last_tile_ ? first + kTileColumns : next_strip_;
-    const bool is_wide = w_.storage == Storage::kFloat32 || w_.storage == Storage::kFloat64;
-    const int64_t bytes = is_wide ? sizeof(A) : sizeof(uint16_t);
-    upcoming_ = {static_cast<const char*>(w_.values) + next * bytes, w_.columns * bytes,
-                 kWordColumns * bytes};
-    if (is_wide) {
-      values_ = static_cast<const A*>(w_.values) + first;
-      pitch_ = w_.columns;
-      return;
-    }
-    if constexpr (sizeof(A) == sizeof(float)) {
-      for (int j = 0; j < tile.rows; ++j) {
-        widen_values(w_, first + j * w_.columns, tile.columns(), widened_[j]);
-      }
-      values_ = widened_[0];
-      pitch_ = kTileColumns;
-    }
+    values_ = stored_ + first;
+    upcoming_ = {reinterpret_cast<const char*>(stored_ + next),
+                 pitch_ * static_cast<int64_t>(sizeof(W)), kWordColumns * sizeof(W)};
   }
 
   template <typename Visitor>
@@ -179,12 +170,11 @@ class DenseTiles {
   PP_INLINE void leave(const Tile&) {}
 
  private:
-  const Weights& w_;
+  const W* stored_;
+  int64_t pitch_;
   int64_t last_tile_, next_strip_ = 0;
-  const A* values_ = nullptr;  // [rows, columns], pitch apart
-  int64_t pitch_ = 0;
+  const W* values_ = nullptr;  // [rows, columns], pitch apart
   Upcoming upcoming_;
-  A widened_[kRows][sizeof(A) == sizeof(float) ? kTileColumns : 1];
 };
 
 // Packed weights, row by row: what is stored is then read from one end to the other.
@@ -279,11 +269,17 @@ void sweep_block(const Weights& w, const Block& block, Visitors&... visitors) {
 // Shows every live weight of the block to the visitors.
 template <typename A, typename... Visitors>
 void sweep(const Weights& w, const Block& block, Visitors&... visitors) {
-  if (w.layout) {
-    sweeping::sweep_block<sweeping::PackedTiles<A>>(w, block, visitors...);
-  } else {
-    sweeping::sweep_block<sweeping::DenseTiles<A>>(w, block, visitors...);
+  using namespace sweeping;
+  if (w.layout) return sweep_block<PackedTiles<A>>(w, block, visitors...);
+  if constexpr (sizeof(A) == sizeof(float)) {
+    if (w.storage == Storage::kBfloat16) {
+      return sweep_block<DenseTiles<Bfloat16>>(w, block, visitors...);
+    }
+    if (w.storage == Storage::kFloat16) {
+      return sweep_block<DenseTiles<Float16>>(w, block, visitors...);
+    }
   }
+  sweep_block<DenseTiles<A>>(w, block, visitors...);
 }
 
 }  // namespace pathprune::PATHPRUNE_ISA

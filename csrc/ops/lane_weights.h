@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <cstring>
 #include <limits>
 
 #include "core/lanes.h"
@@ -10,32 +11,54 @@
 
 namespace pathprune::PATHPRUNE_ISA {
 
-PP_INLINE void widen_word(const Bfloat16* w, float* wide) {
-#if PP_AVX512
-  const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)w));
-  _mm512_storeu_si512(wide, _mm512_slli_epi32(bits, 16));
-#else
-  for (int i = 0; i < kLanes; ++i) wide[i] = widen(w[i]);
-#endif
+// Sixteen weights as they are stored, in the type of the flows.
+template <typename A>
+PP_INLINE Lanes<A> load_wide(const A* w) {
+  return load(w);
 }
 
-PP_INLINE void widen_word(const Float16* w, float* wide) {
+PP_INLINE Lanes<float> load_wide(const Bfloat16* w) {
+  Lanes<float> wide;
 #if PP_AVX512
-  _mm512_storeu_ps(wide, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)w)));
+  const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)w));
+  wide.part[0] = (Vector<float>)_mm512_slli_epi32(bits, 16);
+#else
+  float lane[kLanes];
+  for (int i = 0; i < kLanes; ++i) lane[i] = widen(w[i]);
+  wide = load(lane);
+#endif
+  return wide;
+}
+
+PP_INLINE Lanes<float> load_wide(const Float16* w) {
+  Lanes<float> wide;
+#if PP_AVX512
+  wide.part[0] = (Vector<float>)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)w));
 #elif defined(__F16C__)
-  for (int i = 0; i < kLanes; i += 8) {
-    _mm256_storeu_ps(wide + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(w + i))));
+  for (int i = 0; i < Lanes<float>::kParts; ++i) {
+    wide.part[i] = (Vector<float>)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(w + 8 * i)));
   }
 #else
-  for (int i = 0; i < kLanes; ++i) wide[i] = widen(w[i]);
+  float lane[kLanes];
+  for (int i = 0; i < kLanes; ++i) lane[i] = widen(w[i]);
+  wide = load(lane);
 #endif
+  return wide;
+}
+
+// The first `count` < 16 of them; nothing behind them is read, and the others are 0.
+template <typename W>
+PP_INLINE Lanes<Accumulate<W>> load_first_wide(const W* w, int64_t count) {
+  W stored[kLanes] = {};
+  std::memcpy(stored, w, count * sizeof(W));
+  return load_wide(stored);
 }
 
 template <typename W>
 PP_INLINE void widen_values(const W* w, int64_t count, float* wide) {
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) {
-    widen_word(w + i, wide + i);
+    store(wide + i, load_wide(w + i));
   }
   for (; i < count; ++i) wide[i] = widen(w[i]);
 }
@@ -98,6 +121,15 @@ PP_INLINE Mapped<A, kRows> map_rows(const Map& map, const Lanes<A> (&w)[kRows]) 
 #pragma GCC unroll 4
   for (int j = 0; j < kRows; ++j) mapped.row[j] = map(w[j]);
   return mapped;
+}
+
+// These times one number for each row.
+template <typename A, int kRows>
+PP_INLINE Mapped<A, kRows> weigh_rows(const Mapped<A, kRows>& mapped, const Lanes<A> (&g)[kRows]) {
+  Mapped<A, kRows> weighed;
+#pragma GCC unroll 4
+  for (int j = 0; j < kRows; ++j) weighed.row[j] = mapped.row[j] * g[j];
+  return weighed;
 }
 
 }  // namespace pathprune::PATHPRUNE_ISA

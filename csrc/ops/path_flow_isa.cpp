@@ -41,7 +41,7 @@ void by_columns(const Weights& w, const Block& block, const ColumnFlow<A>& flow)
 
 // ---- two passes in one read --------------------------------------------------------------------
 
-// One position, where both passes take the same weights from registers.
+// One position, where both passes take the same weights from registers; of one map, f(w) g too.
 template <typename A, typename FlowMap, typename ScoreMap>
 class CollectByColumns {
  public:
@@ -65,9 +65,9 @@ class CollectByColumns {
         : flow_(visitor.flow_, tile, first), collect_(visitor.collect_, tile, first) {}
 
     PP_INLINE void operator()(int word, const Lanes<A> (&w)[kRows], const Bits (&live)[kRows]) {
-      const Mapped<A, kRows> f = flow_.map(w);
-      collect_.take(word, kShared ? f : collect_.map(w), live);
-      flow_.take(word, f, live);
+      const Mapped<A, kRows> fg = flow_.weigh(0, flow_.map(w));
+      collect_.take(word, kShared ? fg : collect_.weigh(w), live);
+      flow_.add(0, word, fg, live);
     }
 
     PP_INLINE void finish() { collect_.finish(); }

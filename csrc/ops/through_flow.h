@@ -13,11 +13,12 @@
 
 namespace pathprune {
 
-// One position or source: s(w), the flow x that enters its column, the backward flow g at its row.
-// V is a number, or several side by side.
+// One position or source: s(w), the backward flow g at its row, the flow x that enters its column.
+// First s(w) g, which a backward flow through the same weight needs as well. V is a number, or
+// several side by side.
 template <typename V>
 PP_HD V through_flow(V s, V x, V g) {
-  return times(times(s, x), g);
+  return times(times(s, g), x);
 }
 
 // Several positions or sources: s(w) times the sum of these over them, t ascending from 0.

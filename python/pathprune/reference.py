@@ -139,7 +139,7 @@ def _scores(dense: Tensor, mask: Tensor | None, x: Tensor | None, g: Tensor | No
     live = _live(dense, mask)
     scores = map_weight(dense, s)
     if x is not None and g is not None and x.shape[1] == 1:
-        scores = (scores * x[:, 0, None, :]) * g[:, 0, :, None]
+        scores = (scores * g[:, 0, :, None]) * x[:, 0, None, :]
     elif x is not None and g is not None:
         total = torch.zeros_like(scores)
         for t in range(x.shape[1]):
