@@ -82,6 +82,18 @@ class Group:
         every = self.each(padded).unbind()
         return torch.cat([one.narrow(dim, 0, length) for one, length in zip(every, lengths, strict=True)], dim)
 
+    def to_next(self, tensor: Tensor) -> Any:
+        """Begins to send a contiguous tensor to the next rank; the ``wait()`` of what is returned ends it."""
+        return dist.isend(tensor, self._global(self.rank + 1), group=self.process_group)
+
+    def from_previous(self, room: Tensor) -> Tensor:
+        """What the rank before sends, written to ``room``, a contiguous tensor of its shape and type."""
+        dist.recv(room, self._global(self.rank - 1), group=self.process_group)
+        return room
+
+    def _global(self, rank: int) -> int:
+        return dist.get_global_rank(self.process_group, rank)
+
     def rows(self, count: int, rank: int | None = None) -> tuple[int, int]:
         """(first, one past the last) of ``count`` rows that a rank holds (None: this one), as ``torch.chunk`` cuts."""
         step = -(-count // self.size)

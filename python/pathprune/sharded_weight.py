@@ -25,6 +25,7 @@ from . import ops
 from ._mask_io import pack_bits
 from .distributed import Group, is_spread, local
 from .nodes import Synapse
+from .row_blocks import sum_over_rows
 from .scaled import Scaled, product
 from .select import Bracket
 from .weights import Weight
@@ -83,8 +84,20 @@ class ShardedWeight(Weight):
         if self._is_gathered:
             return product(x, self._gathered_rows().transpose(1, 2))
         if self.transposed != turned:
+            if self._sums_blocks(x):
+                self.settle()
+                return self._sum_of_rows(self._mine(x))
             return self.group.sum_(super().forward_rows(self._mine(x), turned).contiguous())
         return self.group.joined(super().forward_rows(x, turned), self.lengths, dim=2)
+
+    def _sums_blocks(self, flow: Tensor) -> bool:
+        """Whether its sums over rows can be formed in the order of one process: see ``row_blocks``."""
+        return self.streams(flow.shape[1]) and flow.device.type == "cpu"
+
+    def _sum_of_rows(self, flow: Tensor) -> Tensor:
+        made = sum_over_rows(self.group, self._source(None, None, 0), self.shape[0], flow, self.f)
+        self._read()
+        return made
 
     def _mine(self, flow: Tensor) -> Tensor:
         """[G, T, rows]: the part of a flow at the rows that meets those here."""
@@ -110,6 +123,11 @@ class ShardedWeight(Weight):
             entered = replace(x, tensor=self._mine(x.tensor))
             return self.group.joined(super().backward_rows(entered, g, guess, score, turned), self.lengths, dim=2)
         left = replace(g, tensor=self._mine(g.tensor))
+        if self._sums_blocks(x.tensor):
+            if score and self.scored:
+                self._scores = self._source(x.tensor, left.tensor, int(x.exponent + g.exponent))
+                self._collected = None
+            return self._sum_of_rows(left.tensor)
         return self.group.sum_(super().backward_rows(x, left, guess, score, turned).contiguous())
 
     # ------------------------------------------------------------------------------------------------ masks
