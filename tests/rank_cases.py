@@ -89,6 +89,10 @@ def linear_weights_are_scored_where_they_are(folder: Path) -> None:
     sent: list[int] = []
 
     class Counted(Group):
+        def to_next(self, tensor: Tensor) -> Any:
+            sent.append(tensor.numel())
+            return super().to_next(tensor)
+
         def each(self, tensor: Tensor) -> Tensor:
             sent.append(tensor.numel())
             return super().each(tensor)
@@ -104,7 +108,8 @@ def linear_weights_are_scored_where_they_are(folder: Path) -> None:
     flow.forward()
     flow.backward()
     widest = max(part for weight in weights.values() for part in weight.shape)
-    assert len(sent) == 2 * 3 and max(sent) <= widest, sent  # forward and backward, in three layers
+    # Forward and backward, in three layers; and of a block of rows that goes on at the next rank what it sums to.
+    assert 2 * 3 <= len(sent) <= 3 * 3 and max(sent) <= widest, sent
 
 
 def ties_stay_in_the_order_of_one_process(folder: Path) -> None:
@@ -420,15 +425,13 @@ def millions_of_weights(folder: Path) -> None:
     spread = copy.deepcopy(one)
     fully_shard(spread)
     x = torch.ones(SHAPES_OF_WIDE)
-    total = sum(p.numel() for p in one.parameters() if p.ndim > 1)
     for pruner in (pp.Magnitude(), pp.Random(), pp.PHEW(), pp.SynFlow(rounds=20), pp.SynFlowL2(rounds=5)):
         for density in (0.6, 0.07):
             wanted = pp.prune(one, pruner, density=density, example_input=x)
             found = pp.prune(spread, pruner, density=density, example_input=x)
             assert found.kept == wanted.kept
             differing = (found.whole() ^ wanted).kept
-            exact = isinstance(pruner, (pp.Magnitude, pp.Random, pp.PHEW))
-            assert differing <= (0 if exact else 1e-6 * total), f"{pruner} {density}: {differing} of {total}"
+            assert not differing, f"{pruner} {density}: {differing} of {wanted.total}"
 
 
 QUICK = [

@@ -11,11 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from pathprune import ops
+from pathprune import _library, ops
 from pathprune.distributed import Group
 from pathprune.ops import WeightMap
 from pathprune.row_blocks import block_rows, sum_over_rows
 from pathprune.score_sources import Scores
+
+pytestmark = pytest.mark.skipif(not _library.cpu_loaded, reason="the compiled ops are not loaded")
 
 
 class Meeting:
