@@ -38,7 +38,9 @@ def compare_with_one_process(methods: Sequence[tuple[pp.Pruner, dict[str, Any]]]
             where = f"{make.__name__} {pruner} {options}"
             assert found.counts() == wanted.counts(), where
             assert found == wanted, where
-            for fact in ("structure", "kept", "unreached"):
+            for fact in {"structure", "kept", "unreached", "walks", "quantised_to_zero"} & {
+                *wanted.metadata["findings"]
+            }:
                 assert found.metadata["findings"][fact] == wanted.metadata["findings"][fact], where
             assert found.metadata["base_hash"] == wanted.metadata["base_hash"]
             level = wanted.metadata["findings"]["log2_R_first"]
@@ -122,6 +124,22 @@ def ties_stay_in_the_order_of_one_process(folder: Path) -> None:
         found = pp.prune(spread, pp.Magnitude(), density=keep / total, example_input=x)
         assert found.kept == keep
         assert found == pp.prune(one, pp.Magnitude(), density=keep / total, example_input=x)
+
+
+def weights_too_small_to_walk_are_found_anywhere(folder: Path) -> None:
+    """The largest weight of a layer on the first rank, the smallest on the last: neither sees the other's."""
+    one, spread, x = pair(perceptron)
+    for model in (one, spread):
+        held = model[2].weight.detach()
+        here = held.to_local() if isinstance(held, DTensor) else held
+        if model is one or dist.get_rank() == 0:
+            here[0, 0] = 2.0**40
+        if model is one or dist.get_rank() == dist.get_world_size() - 1:
+            here[-1, 1], here[-1, 0] = 2.0**-30, 2.0**-30
+    for pruner in (pp.PHEW(), pp.PHEW(power=-1)):
+        wanted = pp.prune(one, pruner, density=0.2, example_input=x).metadata["findings"]["quantised_to_zero"]
+        found = pp.prune(spread, pruner, density=0.2, example_input=x).metadata["findings"]["quantised_to_zero"]
+        assert found == wanted > 0
 
 
 def weights_that_are_whole_on_every_rank(folder: Path) -> None:
@@ -439,6 +457,7 @@ QUICK = [
     a_list_of_densities_and_patterns,
     linear_weights_are_scored_where_they_are,
     ties_stay_in_the_order_of_one_process,
+    weights_too_small_to_walk_are_found_anywhere,
     weights_that_are_whole_on_every_rank,
     masks_lie_as_the_weights_do,
     files_and_application,

@@ -214,6 +214,22 @@ class Gathered(Mapping[str, Tensor]):
         tensor = whole(self.tensors[name]).contiguous()
         return tensor if self.device is None else tensor.to(self.device)
 
+    def here(self, name: str) -> Tensor:
+        """The rows on this rank, where they are."""
+        return local(self.tensors[name])
+
+    def at(self, name: str, places: Tensor, ranks: Group) -> Tensor:
+        """float64 values at flat places of a tensor whose rows lie on these ranks; nothing else is sent."""
+        here = self.here(name).flatten()
+        if not is_spread(self.tensors[name]):
+            return here[places.to(here.device)].double()
+        shape = self.tensors[name].shape
+        inside = places.to(here.device) - ranks.rows(shape[0])[0] * shape[1:].numel()
+        mine = (inside >= 0) & (inside < len(here))
+        values = torch.zeros(len(places), dtype=torch.float64, device=here.device)
+        values[mine] = here[inside[mine]].double()
+        return ranks.sum_(values)
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)
 

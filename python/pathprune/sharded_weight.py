@@ -4,11 +4,11 @@ With the rows of W spread over ranks, each rank makes the outputs of its own row
 the backward flow ``g W`` as a sum of the ranks' parts; for weights that flow enters at the rows it is the other way
 round. Flows are whole, and the same, on every rank.
 
-With the compiled ops of the CPU scores and masks have the bits of one process, dense or packed, after any number of rounds, wherever flow and
-score are made as the weights pass by (:meth:`Weight.streams`): an output is the sum of one row, and ``row_blocks`` adds
-rows in the order of one process. A convolution, or a linear map in groups, is gathered for the time of its product (on
-every use, so one layer's weights are whole at a time): that product has the bits of one process, and its scores are
-kept for the rows that are here.
+With the compiled ops of the CPU scores and masks have the bits of one process, dense or packed, after any number of
+rounds, wherever flow and score are made as the weights pass by (:meth:`Weight.streams`): an output is the sum of one
+row, and ``row_blocks`` adds rows in the order of one process. A convolution, or a linear map in groups, is gathered for
+the time of its product (on every use, so one layer's weights are whole at a time): that product has the bits of one
+process, and its scores are kept for the rows that are here.
 
 Where torch's own products serve, for many positions and for tied weights, their order is torch's, of as many rows as
 are here, and sums over rows are added over the ranks by ``all_reduce``; so they are on other devices. Flows then differ
