@@ -18,6 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import pathprune as pp
+from pathprune import _library
 from pathprune.distributed import Group
 from pathprune.flow import PathFlow
 from pathprune.ops import WeightMap
@@ -449,7 +450,8 @@ def millions_of_weights(folder: Path) -> None:
             found = pp.prune(spread, pruner, density=density, example_input=x)
             assert found.kept == wanted.kept
             differing = (found.whole() ^ wanted).kept
-            assert not differing, f"{pruner} {density}: {differing} of {wanted.total}"
+            exact = isinstance(pruner, (pp.Magnitude, pp.Random, pp.PHEW)) or _library.cpu_loaded
+            assert differing <= (0 if exact else 1e-6 * wanted.total), f"{pruner} {density}: {differing}"
 
 
 QUICK = [
