@@ -16,27 +16,28 @@ import torch.multiprocessing as mp
 PATIENCE = datetime.timedelta(seconds=60)  # how long a rank waits for one that has gone another way
 
 
-def outcomes(world: int, module: str, cases: list[str], folder: Path) -> dict[str, str]:
+def outcomes(world: int, modules: list[str], cases: list[str], folder: Path) -> dict[str, str]:
     """Runs the cases in order on ``world`` processes (gloo); returns for each what went wrong, or ''.
 
-    After a case that failed on any rank the ranks may be out of step, so those behind it are not run.
+    The cases are functions of the modules. After a case that failed on any rank the ranks may be out of step, so those
+    behind it are not run.
     """
-    mp.spawn(_rank, (world, module, cases, str(folder)), nprocs=world)
+    mp.spawn(_rank, (world, modules, cases, str(folder)), nprocs=world)
     found = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
     return {case: "\n".join(filter(None, (one.get(case, "not run") for one in found))) for case in cases}
 
 
-def _rank(rank: int, world: int, module: str, cases: list[str], folder: str) -> None:
+def _rank(rank: int, world: int, modules: list[str], cases: list[str], folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world, timeout=PATIENCE
     )
-    functions = importlib.import_module(module)
+    functions = {name: made for module in modules for name, made in vars(importlib.import_module(module)).items()}
     done: dict[str, str] = {}
     for case in cases:
         began = time.perf_counter()
         try:
-            getattr(functions, case)(Path(folder))
+            functions[case](Path(folder))
             done[case] = ""
         except Exception:
             done[case] = f"rank {rank}:\n{traceback.format_exc()}"

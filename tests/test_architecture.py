@@ -47,6 +47,7 @@ FLOORS = [
         "network",
         "position_classes",
         "score_sources",
+        "row_blocks",
         "select",
         "sparse",
         "pruned_convolution",

@@ -82,6 +82,18 @@ class Group:
         every = self.each(padded).unbind()
         return torch.cat([one.narrow(dim, 0, length) for one, length in zip(every, lengths, strict=True)], dim)
 
+    def to_next(self, tensor: Tensor) -> Any:
+        """Begins to send a contiguous tensor to the next rank; the ``wait()`` of what is returned ends it."""
+        return dist.isend(tensor, self._global(self.rank + 1), group=self.process_group)
+
+    def from_previous(self, room: Tensor) -> Tensor:
+        """What the rank before sends, written to ``room``, a contiguous tensor of its shape and type."""
+        dist.recv(room, self._global(self.rank - 1), group=self.process_group)
+        return room
+
+    def _global(self, rank: int) -> int:
+        return dist.get_global_rank(self.process_group, rank)
+
     def rows(self, count: int, rank: int | None = None) -> tuple[int, int]:
         """(first, one past the last) of ``count`` rows that a rank holds (None: this one), as ``torch.chunk`` cuts."""
         step = -(-count // self.size)
@@ -201,6 +213,22 @@ class Gathered(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         tensor = whole(self.tensors[name]).contiguous()
         return tensor if self.device is None else tensor.to(self.device)
+
+    def here(self, name: str) -> Tensor:
+        """The rows on this rank, where they are."""
+        return local(self.tensors[name])
+
+    def at(self, name: str, places: Tensor, ranks: Group) -> Tensor:
+        """float64 values at flat places of a tensor whose rows lie on these ranks; nothing else is sent."""
+        here = self.here(name).flatten()
+        if not is_spread(self.tensors[name]):
+            return here[places.to(here.device)].double()
+        shape = self.tensors[name].shape
+        inside = places.to(here.device) - ranks.rows(shape[0])[0] * shape[1:].numel()
+        mine = (inside >= 0) & (inside < len(here))
+        values = torch.zeros(len(places), dtype=torch.float64, device=here.device)
+        values[mine] = here[inside[mine]].double()
+        return ranks.sum_(values)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)

@@ -87,7 +87,8 @@ def prune(
         UnsupportedModelError: the model cannot be read; names module and operator.
 
     Determinism: the same weights, arguments and seed give the same masks, on any number of threads; over ranks, those
-    of one process for magnitude, chance and walks, and for other scores up to the rounding of sums over ranks.
+    of one process for magnitude, chance and walks, and on the CPU for path scores of convolutions and of linear layers
+    at up to 8 distinct positions; for other scores up to the rounding of sums over ranks.
     """
     began = time.perf_counter()
     ranks = ranks_of(model, process_group)

@@ -14,6 +14,7 @@ from . import ops
 from .checks import WORD
 from .ops import WeightMap
 from .real import Real
+from .reference import PADDING
 
 _EVERYTHING = 2**62
 
@@ -95,11 +96,16 @@ class Scores:
         return found
 
     def rows(self, first: int, last: int) -> Scores:
-        """The scores of some rows of every group; of dense weights only."""
-        weight = self.weight[:, first:last].contiguous()
+        """The scores of some rows of every group; of packed weights, which have one group, these rows."""
         mask = None if self.mask is None else self.mask[:, first:last].contiguous()
         g = None if self.g is None else self.g[..., first:last].contiguous()
-        return replace(self, weight=weight, mask=mask, g=g, used=None)
+        made = replace(self, mask=mask, g=g, used=None)
+        if self.layout is None or self.row_start is None:
+            return replace(made, weight=self.weight[:, first:last].contiguous())
+        starts = self.row_start[first : last + 1]
+        begin, end = starts[[0, -1]].tolist()
+        values, layout = self.weight[begin : end + PADDING], self.layout[:, first:last].contiguous()
+        return replace(made, weight=values, layout=layout, row_start=starts - begin)
 
     def block(self, first: int, last: int) -> Scores:
         """The scores of some columns, from a multiple of a mask word on; of dense weights only."""

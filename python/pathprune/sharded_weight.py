@@ -2,14 +2,20 @@
 
 With the rows of W spread over ranks, each rank makes the outputs of its own rows, which are then put side by side, and
 the backward flow ``g W`` as a sum of the ranks' parts; for weights that flow enters at the rows it is the other way
-round. Flows are whole, and the same, on every rank. So forward flow has the bits of one process (each output is one
-row's sum), and backward flow those of a sum in blocks of rows. Many rounds amplify a rounding: after 30 rounds of
-SynFlow on 54 million weights 5e-4 of the bits differ from one process's.
+round. Flows are whole, and the same, on every rank.
 
-A convolution is gathered for the time of its product (on every use, so one layer's weights are whole at a time): that
-product has the bits of one process. Its scores are kept for the rows that are here.
+With the compiled ops of the CPU scores and masks have the bits of one process, dense or packed, after any number of
+rounds, wherever flow and score are made as the weights pass by (:meth:`Weight.streams`): an output is the sum of one
+row, and ``row_blocks`` adds rows in the order of one process. A convolution, or a linear map in groups, is gathered for
+the time of its product (on every use, so one layer's weights are whole at a time): that product has the bits of one
+process, and its scores are kept for the rows that are here.
 
-Bytes: a sweep reads a rank's own rows, sends each flow once; convolutions: every weight is sent, twice a round.
+Where torch's own products serve, for many positions and for tied weights, their order is torch's, of as many rows as
+are here, and sums over rows are added over the ranks by ``all_reduce``; so they are on other devices. Flows then differ
+by rounding, which many rounds amplify: after 30 rounds of SynFlow on 54 million weights 5e-4 of the bits differ.
+
+Bytes: a sweep reads a rank's own rows, sends each flow once, and of sums over rows at most 32 parts; where these are
+made the scores are counted in a read of their own. Convolutions: every weight is sent, twice a round.
 Oracle: the same network in one process.
 """
 
@@ -21,10 +27,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
+from . import _library, ops
 from ._mask_io import pack_bits
 from .distributed import Group, is_spread, local
 from .nodes import Synapse
+from .row_blocks import sum_over_rows
 from .scaled import Scaled, product
 from .select import Bracket
 from .weights import Weight
@@ -83,8 +90,20 @@ class ShardedWeight(Weight):
         if self._is_gathered:
             return product(x, self._gathered_rows().transpose(1, 2))
         if self.transposed != turned:
+            if self._sums_blocks(x):
+                self.settle()
+                return self._sum_of_rows(self._mine(x))
             return self.group.sum_(super().forward_rows(self._mine(x), turned).contiguous())
         return self.group.joined(super().forward_rows(x, turned), self.lengths, dim=2)
+
+    def _sums_blocks(self, flow: Tensor) -> bool:
+        """Whether its sums over rows can be formed in the order of one process: see ``row_blocks``."""
+        return self.streams(flow.shape[1]) and flow.device.type == "cpu" and _library.cpu_loaded
+
+    def _sum_of_rows(self, flow: Tensor) -> Tensor:
+        made = sum_over_rows(self.group, self._source(None, None, 0), self.shape[0], flow, self.f)
+        self._read()
+        return made
 
     def _mine(self, flow: Tensor) -> Tensor:
         """[G, T, rows]: the part of a flow at the rows that meets those here."""
@@ -110,6 +129,11 @@ class ShardedWeight(Weight):
             entered = replace(x, tensor=self._mine(x.tensor))
             return self.group.joined(super().backward_rows(entered, g, guess, score, turned), self.lengths, dim=2)
         left = replace(g, tensor=self._mine(g.tensor))
+        if self._sums_blocks(x.tensor):
+            if score and self.scored:
+                self._scores = self._source(x.tensor, left.tensor, int(x.exponent + g.exponent))
+                self._collected = None
+            return self._sum_of_rows(left.tensor)
         return self.group.sum_(super().backward_rows(x, left, guess, score, turned).contiguous())
 
     # ------------------------------------------------------------------------------------------------ masks

@@ -88,7 +88,9 @@ def _chosen(integers: Tensor, words: Tensor) -> Tensor:
 def powered(weights: Tensor, power: int) -> Tensor:
     """|w|^power in float64 by multiplication and division only; 0 for a weight of 0."""
     m = weights.double().abs()
-    value = {1: m, 2: m * m, 0: torch.ones_like(m), -1: 1 / m}[power]
+    if power == 0:
+        return (m > 0).double()
+    value = {1: lambda: m, 2: lambda: m * m, -1: lambda: 1 / m}[power]()
     return torch.where(m > 0, value.clamp(max=_LARGEST), 0.0)
 
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ._mask_io import flat_pieces
+from .distributed import ALONE, Gathered, Group
 from .walk_graph import Edge, Site, WalkGraph
 from .walk_reference import fixed_rows, powered
 
@@ -58,17 +60,24 @@ class Chances:
 
     Args:
         graph: the units and links.
-        tensors: weights by name, on the CPU.
+        tensors: weights by name, brought to the CPU.
         power: of ``|w|``.
         branches: how a walk chooses where flows part or meet: ``uniform``; ``mass``, by the ``|w|^power`` of the
             branch's next synapse at the unit; ``flow``, by the sum over all the channel paths that lie ahead.
         identities: whether identity skips are walked.
+        ranks: those that the weights' rows are spread over.
     """
 
     def __init__(
-        self, graph: WalkGraph, tensors: Mapping[str, Tensor], power: int, branches: str, identities: bool
+        self,
+        graph: WalkGraph,
+        tensors: Gathered,
+        power: int,
+        branches: str,
+        identities: bool,
+        ranks: Group = ALONE,
     ) -> None:
-        self.graph, self.tensors, self.power = graph, tensors, power
+        self.graph, self.tensors, self.power, self._ranks = graph, tensors, power, ranks
         self.branches = branches
         self._skips = set() if identities else graph.skips
         self._blocked_ahead = self._blocked()
@@ -169,10 +178,13 @@ class Chances:
 
     def may_lose_weights(self) -> bool:
         """Whether some non-zero weight could be so small beside its row that its integer is 0."""
-        for site in self.graph.sites.values():
-            weights = self.powered(site)
-            some = weights[weights > 0]
-            if some.numel() and float(some.min()) < float(some.max()) * max(site.shape) * site.shape[3] * 2.0**-61:
+        sites = list(self.graph.sites.values())
+        here = [self.tensors.here(site.weight) for site in sites]
+        ends = torch.tensor([extremes(weight) for weight in here], dtype=torch.float64, device=here[0].device)
+        least, most = self._ranks.largest_(torch.stack([-ends[:, 0], ends[:, 1]])).cpu()
+        for site, magnitudes in zip(sites, torch.stack([-least, most], 1), strict=True):
+            low, high = powered(magnitudes, self.power).sort().values.tolist()
+            if magnitudes[1] > 0 and low < high * max(site.shape) * site.shape[3] * 2.0**-61:
                 return True
         return False
 
@@ -351,3 +363,14 @@ def _total(parts: list[tuple[Tensor, int]], units: int) -> tuple[Tensor, int]:
     for amount, exponent in parts:
         total = total + amount * 2.0 ** max(exponent - top, -1022)
     return _normal(total, top)
+
+
+def extremes(weights: Tensor) -> tuple[float, float]:
+    """The smallest magnitude of a weight that is not 0, and the largest; (inf, 0) where there is none."""
+    least, most = torch.inf, 0.0
+    for _, piece in flat_pieces(weights):
+        if piece.numel():
+            magnitudes = piece.abs()
+            most = max(most, float(magnitudes.amax()))
+            least = min(least, float(torch.where(magnitudes > 0, magnitudes, torch.inf).amin()))
+    return least, most

@@ -98,7 +98,8 @@ class Walks(WalkMasks):
             tensors = {n: t * masks[n].to(t.device) if n in masks else t for n, t in tensors.items()}
         tensors = {name: tensor if is_spread(tensor) else tensor.contiguous() for name, tensor in tensors.items()}
         self._weights = Gathered(tensors)
-        self.chances = Chances(self.graph, Gathered(tensors, "cpu"), rule.power, rule.branches, rule.identities)
+        on_cpu = Gathered(tensors, "cpu")
+        self.chances = Chances(self.graph, on_cpu, rule.power, rule.branches, rule.identities, network.shards)
         self._gains = {
             (k, ahead): _moved(self.chances.gain(site, ahead), self.device)
             for k, site in self.graph.sites.items()
@@ -327,13 +328,14 @@ class Walks(WalkMasks):
             site = self.graph.sites[k]
             if site.weight not in self.offsets or rate == 0:
                 continue
-            flat = self._weights[site.weight].flatten()
-            u = powered(flat[torch.linspace(0, len(flat) - 1, _SAMPLE).long()].cpu(), self.rule.power)
+            count = self.network.tensors[site.weight].numel()
+            places = torch.linspace(0, count - 1, _SAMPLE).long()
+            u = powered(self._weights.at(site.weight, places, self.network.shards).cpu(), self.rule.power)
             mean = float(u.mean())
             even = self.keep_kernels or mean == 0
             samples.append(torch.ones_like(u) if even else u / mean)
-            sizes.append(float(len(flat)))
-            rates.append(rate / (len(flat) / (site.shape[3] if self.keep_kernels else 1)))
+            sizes.append(float(count))
+            rates.append(rate / (count / (site.shape[3] if self.keep_kernels else 1)))
         if not samples:
             return lambda n: 0.0
         size, u = torch.tensor(sizes, dtype=torch.float64), torch.stack(samples)
