@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+import struct
 from dataclasses import dataclass
 from functools import total_ordering
 
@@ -44,22 +46,35 @@ class Real:
         return self._bound(exponent, dtype, strict=True)
 
     def _bound(self, exponent: int, dtype: torch.dtype, strict: bool) -> float:
-        kind = np.float64 if dtype == torch.float64 else np.float32
-        shift = self.exponent - exponent
         if math.isinf(self.mantissa):
-            return self.mantissa if not strict or self.mantissa > 0 else -float(np.finfo(kind).max)
+            return self.mantissa if not strict or self.mantissa > 0 else -_LARGEST[dtype]
         try:
-            near = math.ldexp(self.mantissa, shift)
+            near = math.ldexp(self.mantissa, self.exponent - exponent)
         except OverflowError:
             near = math.copysign(math.inf, self.mantissa)
-        with np.errstate(over="ignore"):
-            value = kind(near)
+        value = near if dtype == torch.float64 else ctypes.c_float(near).value
         if math.isinf(value):  # beyond the type: nothing reaches it from above, everything does from below
-            return math.inf if value > 0 else -float(np.finfo(kind).max)
-        mine = Real.of(float(value), exponent)
-        if mine < self or (strict and mine == self):
-            value = np.nextafter(value, kind(np.inf))
-        return float(value)
+            return math.inf if value > 0 else -_LARGEST[dtype]
+        mine = Real.of(value, exponent)
+        return next_above(value, dtype) if mine < self or (strict and mine == self) else value
+
+
+_LARGEST = {dtype: torch.finfo(dtype).max for dtype in (torch.float32, torch.float64)}
+
+
+def next_above(value: float, dtype: torch.dtype) -> float:
+    """The next larger value of a type, which ``value`` is one of."""
+    if dtype == torch.float64:
+        return math.nextafter(value, math.inf)
+    if value == math.inf:
+        return value
+    (bits,) = struct.unpack("<i", struct.pack("<f", value + 0.0))  # -0 counts as +0
+    return float(struct.unpack("<f", struct.pack("<i", bits + 1 if bits >= 0 else bits - 1))[0])
+
+
+def next_below(value: float, dtype: torch.dtype) -> float:
+    """The next smaller value of a type, which ``value`` is one of."""
+    return -next_above(-value, dtype)
 
 
 def bin_bounds(

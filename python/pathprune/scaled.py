@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -19,11 +21,22 @@ class Scaled:
     exponent: Tensor
 
 
+_EXPONENTS = {torch.float64: (-1022, 1023), torch.float32: (-126, 127)}  # of normal numbers
+
+
 def power_of_two(exponent: Tensor, dtype: torch.dtype) -> Tensor:
     """``2^exponent`` exactly, made from its bits; below the smallest normal number it is that number."""
+    least, most = _EXPONENTS[dtype]
+    biased = exponent.clamp(least, most) + most
     if dtype == torch.float64:
-        return ((exponent.clamp(-1022, 1023) + 1023) << 52).view(torch.float64)
-    return ((exponent.clamp(-126, 127) + 127).to(torch.int32) << 23).view(torch.float32)
+        return (biased << 52).view(torch.float64)
+    return (biased.to(torch.int32) << 23).view(torch.float32)
+
+
+def clamped(exponent: int, dtype: torch.dtype) -> int:
+    """The exponent that :func:`power_of_two` takes for it."""
+    least, most = _EXPONENTS[dtype]
+    return max(least, min(exponent, most))
 
 
 def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
@@ -66,16 +79,25 @@ class ScaledArithmetic:
         """A per-member factor [E], to multiply a flow with."""
         return factor.reshape(-1, *[1] * (like.dim() - 1)) if self.batched else factor.reshape(())
 
+    @property
+    def _is_one(self) -> bool:
+        """Whether exponents are single numbers at hand: small operators on tensors take longer than small flows do."""
+        return not self.batched and self.device.type == "cpu"
+
+    def _raised(self, tensor: Tensor, exponent: Tensor) -> Tensor:
+        """``tensor * 2^exponent``, exactly."""
+        if self._is_one:
+            return tensor * math.ldexp(1.0, clamped(int(exponent), self.dtype))
+        return tensor * self._by(power_of_two(exponent, self.dtype), tensor)
+
     def _shifted(self, flow: Scaled, exponent: Tensor) -> Tensor:
         """The flow's tensor at another (not smaller) exponent."""
-        if flow.exponent is exponent:
-            return flow.tensor
-        return flow.tensor * self._by(power_of_two(flow.exponent - exponent, self.dtype), flow.tensor)
+        return flow.tensor if flow.exponent is exponent else self._raised(flow.tensor, flow.exponent - exponent)
 
     def _aligned(self, flows: Sequence[Scaled]) -> tuple[list[Tensor], Tensor]:
         if len(flows) == 1:
             return [flows[0].tensor], flows[0].exponent
-        top = torch.stack([flow.exponent for flow in flows]).amax(0)
+        top = reduce(torch.maximum, [flow.exponent for flow in flows])
         return [self._shifted(flow, top) for flow in flows], top
 
     def _normalised(self, tensor: Tensor, exponent: Tensor) -> Scaled:
@@ -83,9 +105,12 @@ class ScaledArithmetic:
         if tensor.numel() == 0:
             return Scaled(tensor, exponent)
         peak = self._peak(tensor.reshape(self.members, -1))
-        shift = torch.frexp(peak).exponent.to(torch.int64)
-        scaled = tensor * self._by(power_of_two(-shift, self.dtype), tensor)
-        return Scaled(scaled, torch.where(peak > 0, exponent + shift, NOTHING))
+        if self._is_one:
+            shift = math.frexp(float(peak))[1]
+            scaled = tensor * math.ldexp(1.0, clamped(-shift, self.dtype))
+            return Scaled(scaled, exponent + shift if float(peak) > 0 else torch.full_like(exponent, NOTHING))
+        shifts = torch.frexp(peak).exponent.to(torch.int64)
+        return Scaled(self._raised(tensor, -shifts), torch.where(peak > 0, exponent + shifts, NOTHING))
 
     @staticmethod
     def _peak(rows: Tensor) -> Tensor:

@@ -6,14 +6,13 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from . import ops
 from .checks import WORD
 from .ops import WeightMap
-from .real import Real
+from .real import Real, next_below
 from .reference import PADDING
 
 _EVERYTHING = 2**62
@@ -134,9 +133,7 @@ class Bracket:
         """The interval in the units of one tensor, as values of its type."""
         lo = self.lo.at_least(scores.exponent, scores.dtype)
         above = self.hi.above(scores.exponent, scores.dtype)
-        kind = np.float64 if scores.dtype == torch.float64 else np.float32
-        with np.errstate(over="ignore"):
-            return lo, float(np.nextafter(kind(above), kind(-np.inf)))  # v <= hi exactly when v < above
+        return lo, next_below(above, scores.dtype)  # v <= hi exactly when v < above
 
 
 @dataclass(frozen=True)
