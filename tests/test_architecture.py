@@ -66,6 +66,7 @@ FLOORS = [
         "spatial",
         "tangent",
         "gates",
+        "recording",
         "path_sampling",
         "summed_weights",
         "routed_flow",

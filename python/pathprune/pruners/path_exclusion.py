@@ -15,7 +15,7 @@ and two reads of the weights. Oracle: float64 autograd of the formula; enumerati
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any
 
@@ -29,11 +29,12 @@ from ..batches import Batch, Data, require_reiterable, stream
 from ..distributed import ALONE, Group
 from ..exporting import evaluating
 from ..flow import PathFlow
-from ..gates import GatedFlow, record
+from ..gates import GatedFlow
 from ..network import PathNetwork
 from ..nodes import Synapse
 from ..ops import WeightMap
 from ..policy import Policy, policy_of
+from ..recording import elements, record
 from ..select import Bracket
 from ..weights import Scaled, Weight, power_of_two, weights_of
 from .base import Pruner, Scorer
@@ -69,7 +70,7 @@ class PX(Pruner):
     data: Data = field(compare=False)
     variant: str = "paper"
     rounds: int = field(default=100, kw_only=True)
-    policy: str | Policy = field(default="paths", kw_only=True)
+    policy: str | Policy = field(default="recorded", kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -92,7 +93,8 @@ class PX(Pruner):
                 raise ValueError("PX: variant: wanted 'paper' where several ranks share the data, got 'released'")
             return _released(network, weights, self.data)
         policy = policy_of(self.policy)
-        flow = PathFlow(network, weights, f=WeightMap.SQUARE, policy=policy)
+        without = replace(policy, norm="unit") if policy.norm == "recorded" else policy
+        flow = PathFlow(network, weights, f=WeightMap.SQUARE, policy=without)
         factor = DataFactor(network.whole, weights, self.data, policy, network.replicas)
 
         def score(guess: Bracket | None) -> float:
@@ -155,8 +157,7 @@ class DataFactor:
 
     def _pieces(self) -> Iterator[Batch]:
         """The batches, cut so that what their gates take stays small: sums over samples do not mind."""
-        nodes, gates = self.network.nodes, self.network.gates
-        size = max(1, _GATES // max(1, sum(nodes[k].shape.numel() for k in gates)))
+        size = max(1, _GATES // max(1, elements(self.network)))
         for batch in stream(self.data, "PX", self.network.device):
             for at in range(0, batch.size, size):
                 yield batch.part(at, at + size)
