@@ -62,6 +62,7 @@ class Tracer:
         self.graph = program.graph
         self._outputs = program.call_spec.out_spec
         self._flows: dict[fx.Node, Any] = {}  # fx node -> node index, or list of them
+        self._squares: dict[fx.Node, int] = {}  # squares that are read for themselves -> node index
         self._names: dict[fx.Node, str] = {}  # fx placeholder -> tensor name
         self._literals: dict[fx.Node, Tensor] = {}  # integer and boolean model inputs, lifted constants
         self._reads_input: dict[fx.Node, bool] = {}
@@ -174,8 +175,8 @@ class Tracer:
     def gate(self, new: Gate, node: fx.Node) -> int:
         """Adds an activation, whose output is that of ``node``."""
         index, flow = self.add(new, node), new.inputs[0]
-        arguments = [a for a in node.all_input_nodes if self._flows.get(a) == flow]
-        entering = arguments or [value for value, found in self._flows.items() if found == flow]
+        known = self._flows | self._squares
+        entering = [*(a for a in node.all_input_nodes if known.get(a) == flow), *(a for a in known if known[a] == flow)]
         self.net.recorded[index] = Place(node.name, entering[0].name)
         return index
 
@@ -188,7 +189,9 @@ class Tracer:
             raise RuleError("expects a value that depends on the model's input")
         index = self._flows[value]
         if isinstance(index, Moment):
-            return index.as_flow(self)
+            if value not in self._squares:
+                self._squares[value] = index.as_flow(self)
+            return self._squares[value]
         if not isinstance(index, int):
             raise RuleError("a value with several parts is used as one")
         return index
