@@ -73,7 +73,10 @@ def paths_by_hand(model: Block, x: Tensor) -> list[tuple[int, int, float, float,
     tokens, units = range(x.shape[0]), range(3)
     found = []
     scale = [1 / (sum(v * v for v in row) / 3 + 1e-3) ** 0.5 for row in x.tolist()]
-    normed = [[v * s * g for v, g in zip(row, w["norm.weight"], strict=True)] for row, s in zip(x.tolist(), scale)]
+    normed = [
+        [v * s * g for v, g in zip(row, w["norm.weight"], strict=True)]
+        for row, s in zip(x.tolist(), scale, strict=True)
+    ]
     q, k, v = (torch.tensor(normed, dtype=torch.float64) @ matrix[f"{n}.weight"].T for n in "qkv")
     similar = (q @ k.T) / 3**0.5
     attends = similar.masked_fill(torch.ones(len(x), len(x)).triu(1).bool(), -torch.inf).softmax(-1)
@@ -382,5 +385,5 @@ def test_kernels_are_refused_where_gates_are_smooth() -> None:
                 ValueError, match=rf"{kernel.__name__}: .* move by steps .* got .*\({name}\); hold_gates"
             ):
                 kernel(model, x if kernel is pp.ntk else [x])
-    with pytest.raises(ValueError, match="ntk_trace_bound: model: wanted norms that do not centre, got .*layer_norm"):
+    with pytest.raises(ValueError, match=r"ntk_trace_bound: model: wanted norms that do not centre, got .*layer_norm"):
         pp.ntk_trace_bound(Between(nn.LayerNorm(6)), [x], hold_gates=True)
