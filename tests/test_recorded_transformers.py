@@ -21,7 +21,6 @@ from test_recording import through_gates
 from test_transformers import MODELS, half, tiny, transformers
 
 IN_FLOAT32 = {"Llama": 1e-6, "Mistral": 1e-6, "Qwen2": 1e-6, "Qwen3": 1e-6}  # models that norm in float32
-LOGITS = {"CLIP": "logits_per_image"}
 
 
 def drawn(name: str, n: int, seed: int = 3) -> tuple[nn.Module, dict[str, Tensor]]:
@@ -40,6 +39,14 @@ def drawn(name: str, n: int, seed: int = 3) -> tuple[nn.Module, dict[str, Tensor
     return model, made
 
 
+def drawn_alike(name: str, n: int) -> tuple[nn.Module, dict[str, Tensor]]:
+    """As above; texts end at the same place, which is where they are pooled."""
+    model, made = drawn(name, n)
+    if name == "CLIP":
+        made["input_ids"][:, 3] = 49
+    return model, made
+
+
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in ("Mixtral", "CLIP")])
 def test_signed_flow_is_the_model(name: str) -> None:
     model, inputs = drawn(name, 3)
@@ -48,6 +55,28 @@ def test_signed_flow_is_the_model(name: str) -> None:
         wanted = model(**inputs).logits
     allowed = IN_FLOAT32.get(name, 1e-10) * float(wanted.abs().max())
     torch.testing.assert_close(found.reshape(wanted.shape), wanted, rtol=0, atol=allowed)
+
+
+def test_signed_flow_is_a_model_of_two_inputs_and_outputs() -> None:
+    model, inputs = drawn("CLIP", 3)
+    with pytest.raises(ValueError, match=r"test: data: wanted integers that choose what example_input's do, .*index"):
+        through_gates(model, inputs, WeightMap.IDENTITY, "published")
+    model, inputs = drawn_alike("CLIP", 3)
+    images, words = through_gates(model, inputs, WeightMap.IDENTITY, "published")
+    with torch.no_grad():
+        each = [model(**{key: x[n : n + 1] for key, x in inputs.items()}) for n in range(3)]
+    for found, key in ((images, "logits_per_image"), (words, "logits_per_text")):
+        wanted = torch.cat([out[key] for out in each])
+        torch.testing.assert_close(found.reshape(wanted.shape), wanted, rtol=1e-10, atol=0)
+
+
+def test_each_sample_has_its_own_padding() -> None:
+    model, inputs = drawn("BERT", 3)
+    inputs["attention_mask"] = torch.tensor([[1] * 6, [1] * 4 + [0] * 2, [1] + [0] * 5])
+    (found,) = through_gates(model, inputs, WeightMap.IDENTITY, "published")
+    with torch.no_grad():
+        wanted = model(**inputs).logits
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-10 * float(wanted.abs().max()))
 
 
 def test_eager_attention_has_the_gates_of_the_fused_one() -> None:
@@ -150,7 +179,7 @@ def test_px_of_a_llama_is_its_formula(is_masked: bool) -> None:
 
 @pytest.mark.parametrize("name", ["ViT", "BERT", "Llama", "CLIP", "ConvNeXt"])
 def test_px_prunes_to_the_density_and_leaves_the_model(name: str) -> None:
-    model, inputs = drawn(name, 4)
+    model, inputs = drawn_alike(name, 4)
     model = model.float().train()
     inputs = {key: x.float() if x.is_floating_point() else x for key, x in inputs.items()}
     example = {key: x[:1] for key, x in inputs.items()}

@@ -51,11 +51,12 @@ def _attending(a: Mapping[str, Any], tensors: Tensors) -> tuple[Tensor, Tensor]:
     similar = (query @ key.mT) * scale
     if mask is not None:
         similar = similar.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else similar + mask
+        barred = (similar == -torch.inf).all(-1, keepdim=True)  # rows that may attend to nothing
+        return similar.masked_fill(barred, 0).softmax(-1).masked_fill(barred, 0), value
     if a["is_causal"]:
         ahead = torch.ones(similar.shape[-2:], dtype=torch.bool, device=similar.device).triu(1)
         similar = similar.masked_fill(ahead, -torch.inf)
-    weights = similar.softmax(-1)
-    return torch.where((similar == -torch.inf).all(-1, keepdim=True), 0, weights), value
+    return similar.softmax(-1), value
 
 
 def _arguments(a: dict[str, Any]) -> tuple[Any, Any, Any]:

@@ -49,7 +49,7 @@ class PathFlow(ScaledArithmetic):
         members: for an ensemble, each member's own tensors (norms, biases); those it lacks are the network's.
     """
 
-    records = False  # whether what data do to norms, attention and products is there
+    records = False  # whether what data do is there: norms' factors, attention weights; rows that all differ
 
     def __init__(
         self,
@@ -297,7 +297,7 @@ class PathFlow(ScaledArithmetic):
                 return x[0], None
             return x.squeeze(lead).movedim(1, 2).flatten(2, 3).flatten(0, 1), None
         rows = x.reshape(self.members, -1, x.shape[-1])
-        if self.members == 1 and 1 < rows.shape[1] <= 4096:
+        if self.members == 1 and not self.records and 1 < rows.shape[1] <= 4096:
             distinct, index = torch.unique(rows[0], dim=0, return_inverse=True)
             if distinct.shape[0] < rows.shape[1]:
                 return distinct[None], index

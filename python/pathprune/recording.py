@@ -110,7 +110,8 @@ def record(network: PathNetwork, batch: Batch, weights: Mapping[str, Tensor], wh
 
     Raises:
         ValueError: a network made by hand, an activation that has no gate, a norm by the statistics of a batch,
-            experts that data choose, inputs of another shape, or outputs that are not finite.
+            experts that data choose, inputs of another shape, integers that choose other positions than those of the
+            example, or outputs that are not finite.
     """
     forward = network.forward
     if forward is None:
@@ -136,17 +137,22 @@ def record(network: PathNetwork, batch: Batch, weights: Mapping[str, Tensor], wh
         if x.shape[1:] != shape[1:]:
             raise ValueError(f"{who}: data: wanted samples of shape {tuple(shape[1:])}, got {tuple(x.shape[1:])}")
 
-    def one(*sample: Tensor) -> tuple[list[Tensor], list[Tensor], dict[int, Any]]:
+    def one(*sample: Tensor) -> tuple[list[Tensor], list[Tensor], dict[int, Any], dict[int, Tensor]]:
         inputs = iter(x.unsqueeze(0) for x in sample)
         fed = [next(inputs) if f is None else tensors[f] if isinstance(f, str) else f for f in forward.feeds]
         run = _Run(forward.graph, network, through, tensors)
         outputs = tree_leaves(run.run(*fed))
-        return [run.inputs[k] for k in sorted(run.inputs)], [outputs[k] for k in forward.outputs], run.kept
+        begins = [run.inputs[k] for k in sorted(run.inputs)]
+        return begins, [outputs[k] for k in forward.outputs], run.kept, run.moved
 
     dtype = _dtype(network)
     given = [x.to(network.device, dtype) if x.is_floating_point() else x.to(network.device) for x in given]
     with torch.no_grad():
-        begins, outputs, gates = torch.vmap(one)(*given)
+        begins, outputs, gates, moved = torch.vmap(one)(*given)
+    for k, differs in moved.items():
+        if bool(differs.any()):
+            where = network.nodes[k].where
+            raise ValueError(f"{who}: data: wanted integers that choose what example_input's do, got others at {where}")
     if not all(bool(torch.isfinite(out).all()) for out in outputs):
         raise ValueError(f"{who}: model: wanted finite outputs, got NaN or infinite ones")
     return Recording(tuple(begins), tuple(outputs), gates)
@@ -176,9 +182,18 @@ class _Run(fx.Interpreter):
             if k in through.alive:
                 self._recording[place.operator].append(k)
         self._entering = {network.recorded[k].entering for made in self._recording.values() for k in made}
+        self._choices: dict[str, list[int]] = defaultdict(list)
+        for k, choice in network.choices.items():
+            if k in through.alive:
+                self._choices[choice.operator].append(k)
+        self.moved: dict[int, Tensor] = {}  # whether integers choose otherwise than the example's
         self._values: dict[str, Tensor] = {}  # what enters activations, from where it is made until it is read
 
     def run_node(self, n: fx.Node) -> Any:
+        for k in self._choices.get(n.name, ()):
+            arguments = self.network.choices[k].arguments
+            pairs = [(self.env[a], arguments[a.name](self.tensors)) for a in n.all_input_nodes if a.name in arguments]
+            self.moved[k] = torch.stack([(given != own).any() for given, own in pairs]).any()
         if n in self.folded:
             out = self.fetch_args_kwargs_from_env(n)[0][0]
         elif n.target in _CONVOLUTIONS:
@@ -212,7 +227,7 @@ class _Run(fx.Interpreter):
                 self.kept[k] = _own(n, out)
             elif isinstance(node, Gate):
                 z = self._values[self.network.recorded[k].entering]
-                self.kept[k] = torch.where(z == 0, 0, out / z)
+                self.kept[k] = (out / z).masked_fill_(z == 0, 0)
         return out
 
     def _partners(self, k: int, node: Product, factors: tuple[Tensor, Tensor]) -> dict[int, Tensor]:

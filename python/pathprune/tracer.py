@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from . import attention_rules  # noqa: F401 (enters its rules into the table)
 from .exporting import UnsupportedModelError, module_path, operator_name
-from .nodes import Expression, Gate, Input, Node, Norm, Pool, Product, Tensors, WireMap
+from .nodes import Expression, Gate, Input, Node, Norm, Pool, Product, Softmax, Tensors, WireMap
 from .norm_rules import Moment, through_moment
 from .rules import RULES, RuleError
 
@@ -47,6 +47,14 @@ class Place:
 
     operator: str
     entering: str = ""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Where the model's integer inputs choose a node's fixed numbers: the operator, its arguments as expressions."""
+
+    operator: str
+    arguments: Mapping[str, Expression]
 
 
 class Tracer:
@@ -150,11 +158,19 @@ class Tracer:
                 made = self.net.nodes[k]
                 if isinstance(made, (Norm, Product)) or (isinstance(made, Pool) and made.kind == "max"):
                     self.net.recorded[k] = Place(node.name)
+                if not isinstance(made, (Input, Product, Softmax)):
+                    self._note_choices(k, node)
         except RuleError as error:
             raise UnsupportedModelError(
                 f"PathNetwork: operator aten.{name} in module {self.module_path(node)}: {error}; to support it, write "
                 f"a rule for '{name}' in pathprune/rules.py (PathNetwork.support_report(model) lists every operator)"
             ) from error
+
+    def _note_choices(self, k: int, node: fx.Node) -> None:
+        """Numbers that other inputs of the model choose: paths take those of the example."""
+        taken = [a for a in node.all_input_nodes if a not in self._flows and self.reads_input(a)]
+        if taken:
+            self.net.choices[k] = Choice(node.name, {a.name: self.constant(a) for a in taken})
 
     def _check_views(self, node: fx.Node) -> None:
         """An in-place operator is read as a value: no other view of the memory it changes may be read afterwards."""
