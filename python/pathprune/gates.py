@@ -31,8 +31,8 @@ class GatedFlow(PathFlow):
     """Path flow through recorded gates: the samples of a batch are its sources.
 
     With weights mapped by ``ONE`` and squared inputs it is the data factor of the NTK, ``g_k(x^2; a(x))``: gates count
-    squared. Fixed constants (pooling, frozen norms) belong to the value of a path, so they are 1 here. Gates that are
-    not in the recording are open, and 1.
+    squared. Fixed constants (pooling, frozen norms) belong to the value of a path, so they are 1 here. Activations and
+    norms that are not in the recording are open, and 1.
 
     Args:
         network: with all its positions; read from a module.
@@ -41,8 +41,8 @@ class GatedFlow(PathFlow):
         any_sign: the source, or gates, may be negative.
 
     Raises:
-        ValueError: signed weights, and a norm or product that is not in the recording; attention weights that do more
-            than to multiply values.
+        ValueError: a product that is not in the recording, or signed weights and a norm that is not; attention weights
+            that do more than to multiply values.
     """
 
     records = True
@@ -65,7 +65,8 @@ class GatedFlow(PathFlow):
         super().__init__(through, weights, f=f, policy=policy, source=[x.flatten(0, 1) for x in source], scored=scored)
         self.batched = True
         for k in self._order:
-            if self.signed and isinstance(through.nodes[k], (Norm, Product)) and k not in recording.gates:
+            kinds = (Norm, Product) if self.signed else Product
+            if isinstance(through.nodes[k], kinds) and k not in recording.gates:
                 where = through.nodes[k].where
                 raise ValueError(f"GatedFlow: wanted a network that is linear between gates, got {where}")
 

@@ -13,7 +13,7 @@ model's output, which the signed flow through the gates gives again.
 from __future__ import annotations
 
 import copy
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from .batches import Batch
 from .exporting import operator_name
 from .network import PathNetwork
-from .nodes import Gate, Input, Norm, Pool, Product, Softmax, Synapse, Tensors
+from .nodes import Gate, Input, Node, Norm, Pool, Product, Softmax, Synapse, Tensors
 from .pruned_convolution import pruned_convolution
 
 _SHIFTED = (
@@ -85,9 +85,9 @@ def opened(network: PathNetwork, who: str) -> PathNetwork:
     return made
 
 
-def smooth_gates(network: PathNetwork) -> list[str]:
+def smooth_gates(network: PathNetwork, who: str) -> list[str]:
     """The operators whose gates vary with the weights other than by steps: smooth activations, norms, products."""
-    nodes = (network.nodes[k] for k in sorted(opened(network, "smooth_gates").alive))
+    nodes = (network.nodes[k] for k in sorted(opened(network, who).alive))
     return [
         node.where
         for node in nodes
@@ -181,7 +181,8 @@ class _Run(fx.Interpreter):
         for k, place in network.recorded.items():
             if k in through.alive:
                 self._recording[place.operator].append(k)
-        self._entering = {network.recorded[k].entering for made in self._recording.values() for k in made}
+        read = (k for made in self._recording.values() for k in made if _divides(through.nodes[k]))
+        self._reads = Counter(network.recorded[k].entering for k in read)
         self._choices: dict[str, list[int]] = defaultdict(list)
         for k, choice in network.choices.items():
             if k in through.alive:
@@ -202,7 +203,7 @@ class _Run(fx.Interpreter):
             out = self._recorded(n, self._recording[n.name]) if n.name in self._recording else super().run_node(n)
         if n.name in self._beginning:
             self.inputs[self._beginning[n.name]] = _own(n, out)
-        if n.name in self._entering:
+        if n.name in self._reads:
             self._values[n.name] = _own(n, out)
         return out
 
@@ -223,12 +224,17 @@ class _Run(fx.Interpreter):
             return both[0] if isinstance(n.meta["val"], Tensor) else both
         out = super().run_node(n)
         for k, node in zip(made, nodes, strict=True):
-            if isinstance(node, Gate) and node.name == "relu":
-                self.kept[k] = _own(n, out)
-            elif isinstance(node, Gate):
-                z = self._values[self.network.recorded[k].entering]
+            if _divides(node):
+                z = self._read(self.network.recorded[k].entering)
                 self.kept[k] = (out / z).masked_fill_(z == 0, 0)
+            elif isinstance(node, Gate):
+                self.kept[k] = _own(n, out)
         return out
+
+    def _read(self, entering: str) -> Tensor:
+        """A value that enters an activation; let go of after the last."""
+        self._reads[entering] -= 1
+        return self._values[entering] if self._reads[entering] else self._values.pop(entering)
 
     def _partners(self, k: int, node: Product, factors: tuple[Tensor, Tensor]) -> dict[int, Tensor]:
         """What each factor that paths pass is multiplied with."""
@@ -261,6 +267,11 @@ def _named(n: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[s
     schema = n.target._schema.arguments  # type: ignore[union-attr]
     given = {a.name: a.default_value for a in schema} | dict(zip((a.name for a in schema), args, strict=False))
     return given | dict(kwargs)
+
+
+def _divides(node: Node) -> bool:
+    """Whether a gate is what comes out over what goes in; of a ReLU what comes out says all."""
+    return isinstance(node, Gate) and node.name != "relu"
 
 
 def _own(n: fx.Node, out: Any) -> Any:

@@ -184,7 +184,7 @@ def _all_open(network: PathNetwork, recording: Recording, masks: Masks | None) -
 
 
 def _check_gates(network: PathNetwork, hold_gates: bool, who: str) -> None:
-    smooth = [] if hold_gates else smooth_gates(network)
+    smooth = [] if hold_gates else smooth_gates(network, who)
     if smooth:
         more = f" and {len(smooth) - 1} more" if len(smooth) > 1 else ""
         raise ValueError(
