@@ -47,7 +47,10 @@ def drawn_alike(name: str, n: int) -> tuple[nn.Module, dict[str, Tensor]]:
     return model, made
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name not in ("Mixtral", "CLIP")])
+LIKE_OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("DeiT", "Mistral", "Qwen2")]
+
+
+@pytest.mark.parametrize("name", ["ViT", "Swin", "ConvNeXt", "BERT", "GPT-2", "Llama", "Qwen3", *LIKE_OTHERS])
 def test_signed_flow_is_the_model(name: str) -> None:
     model, inputs = drawn(name, 3)
     (found,) = through_gates(model, inputs, WeightMap.IDENTITY, "published")

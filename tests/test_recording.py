@@ -341,6 +341,23 @@ def test_embeddings_are_where_paths_begin() -> None:
     assert pp.ntk(model, words, hold_gates=True).shape == (2, 6, 2, 6)
 
 
+def test_centring_is_no_activation_and_no_part_of_path_flow() -> None:
+    torch.manual_seed(7)
+    model, x = nn.Sequential(nn.Linear(5, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 2)), torch.ones(1, 5)
+    pp.edge_of_chaos_init_(model, example_input=x)  # which finds one activation
+    found = pp.scores(model, pp.SynFlow(policy="paths"), example_input=x)
+    h = model[0].weight.detach().double().abs().sum(1)
+    total = (h / h.square().mean().sqrt() @ model[3].weight.detach().double().abs().T).sum()
+    assert 2**found.log2_R == pytest.approx(float(total), rel=1e-5)
+    model, x = model.double(), drawn(3, 5)
+    h = model[0](x)
+    gates = (
+        h.var(1, correction=0, keepdim=True).add(1e-5).reciprocal() * (torch.tanh(model[1](h)) / model[1](h)).square()
+    )
+    expected = (x.square().sum(1, keepdim=True) * gates.sum(1, keepdim=True)).detach().expand(3, 2)
+    torch.testing.assert_close(through_gates(model, x, WeightMap.ONE)[0], expected)
+
+
 # -------------------------------------------------------------------------------------------------- bad models
 
 

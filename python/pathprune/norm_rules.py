@@ -66,7 +66,7 @@ def _norm(
     index, shape = t.flow(a["input"]), t.shape(node)
     if centres:
         index = t.add(Gate((index,), shape, name="centre", dims=dims, groups=groups), node)
-    recorded = _deviation(dims, groups, centres) if by_sample else None
+    recorded = _inverse_deviation(dims, groups, centres) if by_sample else None
     index = t.add(Norm((index,), shape, dims=dims, groups=groups, recorded=recorded), node)
     n = len(shape)
     for kind, value in (("scale", a.get("weight")), ("shift", a.get("bias"))):
@@ -82,7 +82,7 @@ def _norm(
     return index
 
 
-def _deviation(dims: tuple[int, ...], groups: int, centres: bool) -> Recorder:
+def _inverse_deviation(dims: tuple[int, ...], groups: int, centres: bool) -> Recorder:
     """``1 / sqrt(variance + eps)``, or of the mean square, as the operator makes it of its input."""
 
     def recorded(a: Mapping[str, Any], tensors: Tensors) -> Tensor:
@@ -248,7 +248,7 @@ def _scaled_or_divided(t: Tracer, node: fx.Node, a: dict[str, Any], sign: float)
     size = "other" if right is a["other"] else "self"
 
     def recorded(found: Mapping[str, Any], tensors: Tensors) -> Tensor:
-        """Less what the scale behind multiplies with; whose signs are no more than theirs."""
+        """What the model multiplies with, over the factor of the scale behind, which has no sign."""
         whole, own = found[size], factor(tensors).to(found[size])
         whole = whole.reciprocal() if sign < 0 else whole
         return torch.where(own == 0, 0, whole / own)

@@ -194,7 +194,7 @@ class _Run(fx.Interpreter):
         for k in self._choices.get(n.name, ()):
             arguments = self.network.choices[k].arguments
             pairs = [(self.env[a], arguments[a.name](self.tensors)) for a in n.all_input_nodes if a.name in arguments]
-            self.moved[k] = torch.stack([(given != own).any() for given, own in pairs]).any()
+            self.moved[k] = torch.stack([(given != own.to(given.device)).any() for given, own in pairs]).any()
         if n in self.folded:
             out = self.fetch_args_kwargs_from_env(n)[0][0]
         elif n.target in _CONVOLUTIONS:
