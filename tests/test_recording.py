@@ -134,7 +134,7 @@ def kernel_by_hand(model: Block, x: Tensor, names: tuple[str, ...]) -> Tensor:
         slopes = {name: torch.zeros(2, 2, *model.get_parameter(name).shape).double() for name in names}
         for i, c, begin, gate, value, weights in paths_by_hand(model, sample):
             for name, r, k in weights:
-                slopes[name][i, c, r, k] += begin * gate * value / float(model.get_parameter(name)[r, k])
+                slopes[name][i, c, r, k] += begin * gate * value / float(model.get_parameter(name).detach()[r, k])
         rows.append(torch.cat([slopes[name].flatten(2) for name in names], 2).flatten(0, 1))
     return torch.stack(rows)
 
@@ -154,7 +154,7 @@ def test_kernel_with_gates_held_and_its_bound() -> None:
         for i, c, begin, gate, value, weights in paths_by_hand(model, sample):
             data[i, c] += begin**2 * gate**2
             for name, r, k in weights:
-                kernel[i, c] += value**2 / float(model.get_parameter(name)[r, k]) ** 2
+                kernel[i, c] += value**2 / float(model.get_parameter(name).detach()[r, k]) ** 2
         total += float((data * kernel).sum())
     allowed = 2.0 ** pp.ntk_trace_bound(model, [x[:2], x[2:]], hold_gates=True)
     assert trace <= allowed
