@@ -67,6 +67,7 @@ FLOORS = [
         "spatial",
         "tangent",
         "gates",
+        "recording",
         "path_sampling",
         "summed_weights",
         "routed_flow",

@@ -288,11 +288,6 @@ def test_a_torch_encoder_is_pruned_and_reported(pruner: pp.Pruner) -> None:
     assert "0.self_attn" in str(masks.report()) or "in_proj" in str(masks.report())
 
 
-def test_data_driven_gates_refuse_attention() -> None:
-    with pytest.raises(ValueError, match=r"PX: model: wanted one without attention or embeddings, got .*product_atten"):
-        pp.prune(Block(), pp.PX([torch.rand(4, 2, 3)], rounds=2), density=0.5, example_input=torch.ones(1, 2, 3))
-
-
 class Routed(nn.Module):
     """Two experts, of which data chooses one."""
 

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 import pathprune as pp
 from pathprune.batches import Batch
-from pathprune.gates import GatedFlow, record
+from pathprune.gates import GatedFlow
 from pathprune.network import PathNetwork
 from pathprune.ops import WeightMap
 from pathprune.policy import policy_of
+from pathprune.recording import record
 from pathprune.weights import weights_of
 
 
@@ -149,7 +150,7 @@ def test_signed_gated_flow_gives_the_models_output():
         recording = record(network, Batch((x,), {}, None), {}, "test")
         weights = weights_of(network, (), (WeightMap.IDENTITY, WeightMap.IDENTITY))
         policy = policy_of("published")
-        flow = GatedFlow(network, weights, recording, policy, source=recording.inputs, signed=True)
+        flow = GatedFlow(network, weights, recording, policy, source=recording.inputs, f=WeightMap.IDENTITY)
         flow.forward()
         out = flow.values[network.outputs[0]]
         got = torch.ldexp(out.tensor, out.exponent.reshape(-1, *[1] * (out.tensor.dim() - 1))).reshape(wanted.shape)

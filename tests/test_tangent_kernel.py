@@ -142,7 +142,7 @@ def test_refusals():
 
     with pytest.raises(ValueError, match="sum over its open paths"):
         pp.ntk(Minus().double(), x)
-    with pytest.raises(ValueError, match="linear between gates"):
+    with pytest.raises(ValueError, match="gates that move by steps"):
         pp.ntk(nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2)).double(), x)
     with pytest.raises(TypeError, match="only once"):
         pp.ntk_trace(model, iter([x]))

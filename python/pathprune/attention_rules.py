@@ -10,13 +10,14 @@ Where data chooses experts, paths take every choice, with equal weight: all expe
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
 
 from .nodes import Expression, Gate, Product, Softmax, Synapse, Tensors, Wire
-from .rules import IDENTITIES, RuleError, constant_flow, rule
+from .rules import IDENTITIES, RuleError, constant_flow, factors, rule
 
 if TYPE_CHECKING:
     from .tracer import Tracer
@@ -36,7 +37,26 @@ def _attention(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
     product = t.add(Product((query, key), similar, apply=lambda q, k: q @ k.mT), node)
     added = _added(t, a["attn_mask"], a["is_causal"], similar)
     weights = t.add(Softmax((product,), similar, weights=_attended(added, -1), dim=-1), node)
-    return t.add(Product((weights, value), t.shape(node), apply=torch.matmul), node)
+    return t.add(Product((weights, value), t.shape(node), apply=torch.matmul, recorded=_attending), node)
+
+
+def _attending(a: Mapping[str, Any], tensors: Tensors) -> tuple[Tensor, Tensor]:
+    """The attention weights that the fused operator keeps to itself, and the values."""
+    query, key, value, mask = (a[name] for name in ("query", "key", "value", "attn_mask"))
+    accumulated = torch.float64 if query.dtype == torch.float64 else torch.float32
+    query, key = query.to(accumulated), key.to(accumulated)
+    if a.get("enable_gqa"):
+        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
+    scale = query.shape[-1] ** -0.5 if a["scale"] is None else a["scale"]
+    similar = (query @ key.mT) * scale
+    if mask is not None:
+        similar = similar.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else similar + mask
+        barred = (similar == -torch.inf).all(-1, keepdim=True)  # rows that may attend to nothing
+        return similar.masked_fill(barred, 0).softmax(-1).masked_fill(barred, 0), value
+    if a["is_causal"]:
+        ahead = torch.ones(similar.shape[-2:], dtype=torch.bool, device=similar.device).triu(1)
+        similar = similar.masked_fill(ahead, -torch.inf)
+    return similar.softmax(-1), value
 
 
 def _arguments(a: dict[str, Any]) -> tuple[Any, Any, Any]:
@@ -86,7 +106,7 @@ def _softmax(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
     while not _is_contraction(t, source):
         flows = [x for x in source.all_input_nodes if t.is_flow(x)] if isinstance(source, fx.Node) else []
         if len(flows) != 1 or source.op != "call_function" or t.operator(source) not in _BETWEEN:
-            return t.add(Gate((t.flow(a["self"]),), t.shape(node), name="softmax"), node)
+            return t.gate(Gate((t.flow(a["self"]),), t.shape(node), name="softmax"), node)
         passed.add(source)
         source = flows[0]
     product, shape = t.flow(source), t.shape(node)
@@ -117,7 +137,13 @@ def _einsum(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
     if len(operands) != 2 or not all(t.is_flow(x) for x in operands):
         raise RuleError("other than a product of two flows")
     flows = (t.flow(operands[0]), t.flow(operands[1]))
-    return t.add(Product(flows, t.shape(node), apply=lambda x, y: torch.einsum(equation, x, y)), node)
+    product = Product(
+        flows,
+        t.shape(node),
+        apply=lambda x, y: torch.einsum(equation, x, y),
+        recorded=lambda found, tensors: tuple(found["tensors"]),
+    )
+    return t.add(product, node)
 
 
 @rule("masked_fill")
@@ -167,7 +193,8 @@ def _topk(t: Tracer, node: fx.Node, a: dict[str, Any]) -> list[Tensor]:
 def _bmm(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
     left, right = a["self"], a["mat2"]
     if t.is_flow(left) and t.is_flow(right):
-        return t.add(Product((t.flow(left), t.flow(right)), t.shape(node), apply=torch.matmul), node)
+        flows, own = (t.flow(left), t.flow(right)), factors("self", "mat2")
+        return t.add(Product(flows, t.shape(node), apply=torch.matmul, recorded=own), node)
     flow, weight = (right, left) if t.is_flow(right) else (left, right)
     parameter, chosen = _experts(t, weight)
     axis = 1 if flow is right else 2  # of the flow's features

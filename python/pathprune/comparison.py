@@ -33,7 +33,8 @@ class MaskFacts:
         live_units: output units of all layers that lie on a path, and ``narrowest``: of the layer with fewest.
         log2_paths: paths that are left.
         log2_trace: of the path kernel. log2_eigenvalues: its largest, descending.
-        ntk_trace, log2_ntk_bound: of the tangent kernel on the data, and its bound through paths; None without data.
+        ntk_trace, log2_ntk_bound: of the tangent kernel on the data, gates held as they are, and its bound through
+            paths; None without data.
     """
 
     name: str
@@ -141,8 +142,8 @@ def _facts(
         log2_paths=counts.log2,
         log2_trace=level,
         log2_eigenvalues=top,
-        ntk_trace=None if data is None else ntk_trace(network, data, masks, probes=probes),
-        log2_ntk_bound=None if data is None else ntk_trace_bound(network, data, masks),
+        ntk_trace=None if data is None else ntk_trace(network, data, masks, probes=probes, hold_gates=True),
+        log2_ntk_bound=None if data is None else ntk_trace_bound(network, data, masks, hold_gates=True),
     )
 
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from .batches import Batch
-from .gates import record
 from .network import PathNetwork, as_network
 from .path_kernel import log2_trace
+from .recording import record
 from .tangent_kernel import ntk
 
 

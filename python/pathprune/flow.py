@@ -49,6 +49,8 @@ class PathFlow(ScaledArithmetic):
         members: for an ensemble, each member's own tensors (norms, biases); those it lacks are the network's.
     """
 
+    records = False  # whether what data do is there: norms' factors, attention weights; rows that all differ
+
     def __init__(
         self,
         network: PathNetwork,
@@ -60,6 +62,8 @@ class PathFlow(ScaledArithmetic):
         scored: bool = True,
         members: Sequence[Mapping[str, Tensor]] = (),
     ) -> None:
+        if policy.norm == "recorded" and not self.records:
+            raise ValueError("policy: norm: wanted 'flow' or 'unit' for a method that sees no data, got 'recorded'")
         self.network, self.weights, self.policy, self.scored = network, weights, policy, scored
         self._tensors = [{**network.tensors, **own} for own in members]
         self.power = POWERS[f]
@@ -229,10 +233,7 @@ class PathFlow(ScaledArithmetic):
         if self.policy.norm == "unit":
             return entering[0]
         x = entering[0].tensor
-        lead = len(self._lead())
-        parts = x.unflatten(lead + 1, (node.groups, -1)) if node.groups else x
-        first = 2 if node.groups else 0  # of a group, the norm runs over its channels and positions
-        dims = tuple(range(lead + first, parts.dim())) if node.groups else tuple(lead + d for d in node.dims)
+        parts, dims = parts_of(x, node, len(self._lead()))
         rms = parts.square().mean(dims, keepdim=True).sqrt()
         inverse = torch.where(rms > 0, 1 / rms, 0.0)
         inverse = inverse.expand(parts.shape).reshape(x.shape) if node.groups else inverse
@@ -296,7 +297,7 @@ class PathFlow(ScaledArithmetic):
                 return x[0], None
             return x.squeeze(lead).movedim(1, 2).flatten(2, 3).flatten(0, 1), None
         rows = x.reshape(self.members, -1, x.shape[-1])
-        if self.members == 1 and 1 < rows.shape[1] <= 4096:
+        if self.members == 1 and not self.records and 1 < rows.shape[1] <= 4096:
             distinct, index = torch.unique(rows[0], dim=0, return_inverse=True)
             if distinct.shape[0] < rows.shape[1]:
                 return distinct[None], index
@@ -474,6 +475,14 @@ class PathFlow(ScaledArithmetic):
 def _turned(node: Synapse, weight: Weight) -> bool:
     """Whether a tied matrix is used the other way round than where it was used first."""
     return node.form != weight.form and node.form in ("linear", "linear_t")
+
+
+def parts_of(x: Tensor, node: kinds.Norm | kinds.Gate, lead: int) -> tuple[Tensor, tuple[int, ...]]:
+    """What a norm runs over: the flow, its channels by groups where it has such, and the axes."""
+    if not node.groups:
+        return x, tuple(lead + d for d in node.dims)
+    parts = x.unflatten(lead + 1, (node.groups, -1))
+    return parts, tuple(range(lead + 2, parts.dim()))
 
 
 def largest_magnitude(rows: Tensor) -> Tensor:

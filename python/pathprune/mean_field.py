@@ -235,7 +235,8 @@ def _activation_of(model: nn.Module, example_input: Any) -> str:
     if example_input is None:
         raise ValueError("edge_of_chaos_init_: wanted activation, or example_input to find it with, got neither")
     network = PathNetwork.from_module(model, example_input)
-    names = sorted({node.name for k, node in enumerate(network.nodes) if isinstance(node, Gate) and k in network.alive})
+    gates = [node for k in network.alive if isinstance(node := network.nodes[k], Gate) and node.bends]
+    names = sorted({node.name for node in gates})
     if len(names) != 1 or names[0] not in _ACTIVATIONS:
         raise ValueError(
             f"edge_of_chaos_init_: activation: wanted it given for a model whose activations are {names or 'none'}: "

@@ -16,7 +16,7 @@ from .exporting import UnsupportedModelError, canonical_names, export, module_pa
 from .nodes import Constant, Gate, Input, Node, Scale, Shift, Sum, Synapse, Wire
 from .stores import held
 from .structure import rebuilt, without_values
-from .tracer import Forward, Tracer, rule_of
+from .tracer import Choice, Forward, Place, Tracer, rule_of
 
 __all__ = ["PathNetwork", "SupportReport", "UnsupportedModelError"]
 
@@ -49,7 +49,8 @@ class PathNetwork:
         self.unreached: tuple[str, ...] = ()
         self.model: nn.Module | None = None
         self.forward: Forward | None = None  # the model's own computation, where it was read from one
-        self.gates: dict[int, str] = {}  # gate or max-pool node -> the operator's name in that computation
+        self.recorded: dict[int, Place] = {}  # gate, max-pool, norm or product -> where that computation makes it
+        self.choices: dict[int, Choice] = {}  # node -> what of it integer inputs of the model choose
         self.shards: Group = ALONE
         self.replicas: Group = ALONE
         self.whole: PathNetwork = self  # with all positions, where this one has distinct ones only

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 Tensors = Mapping[str, Tensor]
 Expression = Callable[[Tensors], Tensor]  # a constant of the model, computed from its parameters and buffers
 WireMap = Callable[[Sequence[Tensor], float], Tensor]  # (inputs, power) -> output, linear in the inputs
+Recorder = Callable[[Mapping[str, Any], Tensors], Any]  # (an operator's arguments by name, the tensors) -> its gate
 
 
 @dataclass(frozen=True)
@@ -82,18 +84,31 @@ class Shift(Node):
 class Norm(Node):
     """A norm without running statistics: divides by the RMS of the entering flow over ``dims``, held fixed.
 
-    ``groups``: channels are split into that many groups first (group norm); 0 means none.
+    ``groups``: channels are split into that many groups first (group norm); 0 means none. ``recorded`` gives what the
+    model itself multiplies with, ``1 / sigma``, over the factors of the scales behind; None where samples share it.
     """
 
     dims: tuple[int, ...] = field(kw_only=True)
     groups: int = field(default=0, kw_only=True)
+    recorded: Recorder | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True)
 class Gate(Node):
-    """An activation: the identity on path flow. ``name`` is the operator, for gates recorded from data."""
+    """An activation: the identity on path flow. ``name`` is the operator, for gates recorded from data.
+
+    ``centre`` is none, but ``x - mean(x)`` as norms have it, over ``dims`` and ``groups`` as theirs: dropped by path
+    flow, and kept by the flow of signed weights.
+    """
 
     name: str = field(kw_only=True)
+    dims: tuple[int, ...] = field(default=(), kw_only=True)
+    groups: int = field(default=0, kw_only=True)
+
+    @property
+    def bends(self) -> bool:
+        """Whether it is an activation."""
+        return self.name != "centre"
 
 
 @dataclass(frozen=True)
@@ -142,9 +157,11 @@ class Product(Node):
 
     So both factors are scored and the flow is conserved. ``apply`` is the bilinear map: elementwise, or a matrix
     product. Where the first factor is a :class:`Softmax` of a policy's choice, that one says who gets what.
+    ``recorded`` gives the two factors in the model; None where they are more than the flows that enter.
     """
 
     apply: Callable[[Tensor, Tensor], Tensor] = field(default=torch.mul, kw_only=True)
+    recorded: Recorder | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True)

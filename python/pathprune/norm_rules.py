@@ -1,20 +1,22 @@
 """What norms mean for paths, also where a model writes them out in elementwise operators.
 
-A norm without running statistics divides by the RMS of the flow that enters, held fixed; centring is dropped. Written
-out, ``x * rsqrt(mean(x^2) + eps)`` is read through its :class:`Moment`: the statistic of a flow that the operators in
-between make.
+A norm without running statistics divides by the RMS of the flow that enters, held fixed; centring is dropped. What it
+multiplies a sample with, ``1 / sigma``, can be recorded: then that is a gate, as an activation's is, and signed flow is
+centred. Written out, ``x * rsqrt(mean(x^2) + eps)`` is read through its :class:`Moment`: the statistic of a flow that
+the operators in between make.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
 
-from .nodes import Expression, Gate, Norm, Scale, Shift, Tensors
+from .nodes import Expression, Gate, Norm, Recorder, Scale, Shift, Tensors
 from .rules import IDENTITIES, RuleError, along, rule, scaled
 
 if TYPE_CHECKING:
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 @rule("batch_norm")
 def _batch_norm(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
     if a.get("training") or a["running_mean"] is None or a["running_var"] is None:
-        return _norm(t, node, a, dims=_all_but_channel(t, node), weight_dim=1)
+        return _norm(t, node, a, dims=_all_but_channel(t, node), weight_dim=1, by_sample=False)
     mean, variance, eps = t.constant(a["running_mean"]), t.constant(a["running_var"]), a["eps"]
     gamma = t.constant(a["weight"]) if a["weight"] is not None else None
     beta = t.constant(a["bias"]) if a["bias"] is not None else None
@@ -57,10 +59,16 @@ def _norm(
     dims: tuple[int, ...],
     weight_dim: int | None,
     groups: int = 0,
+    centres: bool = True,
+    by_sample: bool = True,
 ) -> int:
     """Divide by the RMS of the entering flow over ``dims``, then the affine part (along one axis, or the last ones)."""
-    index = t.add(Norm((t.flow(a["input"]),), t.shape(node), dims=dims, groups=groups), node)
-    n = len(t.shape(node))
+    index, shape = t.flow(a["input"]), t.shape(node)
+    if centres:
+        index = t.add(Gate((index,), shape, name="centre", dims=dims, groups=groups), node)
+    recorded = _inverse_deviation(dims, groups, centres) if by_sample else None
+    index = t.add(Norm((index,), shape, dims=dims, groups=groups, recorded=recorded), node)
+    n = len(shape)
     for kind, value in (("scale", a.get("weight")), ("shift", a.get("bias"))):
         if value is None:
             continue
@@ -74,10 +82,26 @@ def _norm(
     return index
 
 
+def _inverse_deviation(dims: tuple[int, ...], groups: int, centres: bool) -> Recorder:
+    """``1 / sqrt(variance + eps)``, or of the mean square, as the operator makes it of its input."""
+
+    def recorded(a: Mapping[str, Any], tensors: Tensors) -> Tensor:
+        x, eps = a["input"], a["eps"]
+        eps = torch.finfo(x.dtype).eps if eps is None else eps
+        x = x if x.dtype == torch.float64 else x.float()
+        parts = x.unflatten(1, (groups, -1)) if groups else x
+        over = tuple(range(2, parts.dim())) if groups else dims
+        size = parts.var(over, correction=0, keepdim=True) if centres else parts.square().mean(over, keepdim=True)
+        inverse = torch.rsqrt(size + eps)
+        return inverse.expand(*parts.shape[:3], *size.shape[3:]).flatten(1, 2) if groups else inverse
+
+    return recorded
+
+
 @rule("layer_norm", "rms_norm")
 def _layer_norm(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
-    n = len(t.shape(node))
-    return _norm(t, node, a, dims=tuple(range(n - len(a["normalized_shape"]), n)), weight_dim=None)
+    n, centres = len(t.shape(node)), t.operator(node) == "layer_norm"
+    return _norm(t, node, a, dims=tuple(range(n - len(a["normalized_shape"]), n)), weight_dim=None, centres=centres)
 
 
 @rule("group_norm")
@@ -117,7 +141,7 @@ class Moment:
         """Squares that no norm is made of: an activation."""
         if self.dims is not None:
             raise RuleError("the size of a flow is used other than to divide that flow")
-        return t.add(Gate((self.flow,), t.shape(self.square), name="square"), self.square)
+        return t.gate(Gate((self.flow,), t.shape(self.square), name="square"), self.square)
 
     def raised(self, exponent: float) -> Moment:
         factors = tuple((value, power * exponent) for value, power in self.factors)
@@ -138,7 +162,7 @@ def _pow(t: Tracer, node: fx.Node, a: dict[str, Any]) -> Moment | int:
         raise RuleError("a power that the model computes")
     if a["exponent"] == 2:
         return _square(t, node, a)
-    return t.add(Gate((t.flow(a["self"]),), t.shape(node), name="pow"), node)
+    return t.gate(Gate((t.flow(a["self"]),), t.shape(node), name="pow"), node)
 
 
 @rule("linalg_vector_norm", "norm")
@@ -175,9 +199,8 @@ def through_moment(t: Tracer, node: fx.Node, a: dict[str, Any]) -> Moment | int 
         if name in ("mean", "sum"):
             return replace(moment, dims=_dims(t, a["self"], a.get("dim")), is_mean=name == "mean")
         return moment if name in IDENTITIES else None
-    left, right = a.get("self"), a.get("other")
     if name in ("mul", "multiply", "div", "divide", "true_divide"):
-        return _scaled_or_divided(t, node, left, right, 1.0 if name.startswith("mul") else -1.0)
+        return _scaled_or_divided(t, node, a, 1.0 if name.startswith("mul") else -1.0)
     others = [x for x in node.all_input_nodes if t.is_flow(x) and t.moment(x) is None]
     is_combined = len(node.all_input_nodes) > 1 and all(t.moment(x) is not None for x in node.all_input_nodes)
     if is_combined:
@@ -194,7 +217,8 @@ def _root(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
     raise RuleError("a root or reciprocal of other than the size of a flow")
 
 
-def _scaled_or_divided(t: Tracer, node: fx.Node, left: Any, right: Any, sign: float) -> Moment | int:
+def _scaled_or_divided(t: Tracer, node: fx.Node, a: dict[str, Any], sign: float) -> Moment | int:
+    left, right = a["self"], a["other"]
     moment = t.moment(left)
     if moment is not None and not t.is_flow(right):
         return moment.times(t.constant(right), sign)
@@ -208,11 +232,10 @@ def _scaled_or_divided(t: Tracer, node: fx.Node, left: Any, right: Any, sign: fl
         value = t.constant(left)
         return (moment.raised(-1.0) if sign < 0 else moment).times(value, 1.0)
     moment = moment.raised(sign)
-    if t.moment(left) is not None or t.flow(left) != moment.flow or moment.power != -1:
+    if t.moment(left) is not None or _uncentred(t, t.flow(left)) != _uncentred(t, moment.flow) or moment.power != -1:
         raise RuleError("a flow is multiplied by the size of a flow, not divided by its own")
     entering = t.net.nodes[moment.flow].shape
     assert moment.dims is not None
-    index = t.add(Norm((moment.flow,), entering, dims=moment.dims), node)
     count = math.prod(entering[d] for d in moment.dims)
     factors = moment.factors
 
@@ -222,4 +245,19 @@ def _scaled_or_divided(t: Tracer, node: fx.Node, left: Any, right: Any, sign: fl
             value = value * expression(tensors).double().abs() ** power
         return value
 
+    size = "other" if right is a["other"] else "self"
+
+    def recorded(found: Mapping[str, Any], tensors: Tensors) -> Tensor:
+        """What the model multiplies with, over the factor of the scale behind, which has no sign."""
+        whole, own = found[size], factor(tensors).to(found[size])
+        whole = whole.reciprocal() if sign < 0 else whole
+        return torch.where(own == 0, 0, whole / own)
+
+    index = t.add(Norm((t.flow(left),), entering, dims=moment.dims, recorded=recorded), node)
     return index if moment.is_mean and not factors else scaled(t, node, index, factor)
+
+
+def _uncentred(t: Tracer, index: int) -> int:
+    """The flow, before it was centred: its size is what norms divide by."""
+    node = t.net.nodes[index]
+    return node.inputs[0] if isinstance(node, Gate) and not node.bends else index

@@ -26,13 +26,14 @@ import torch
 from torch import Tensor, nn
 
 from .flow import PathFlow
-from .gates import GatedFlow, Recording
+from .gates import GatedFlow
 from .liveness import reach
 from .masks import Masks
 from .network import PathNetwork, as_network
 from .nodes import Input, Norm, Product
 from .ops import WeightMap
 from .policy import Policy, policy_of
+from .recording import Recording
 from .spatial import merge_equal_positions
 from .spectrum import Eigenpairs, SpectralDensity, lanczos_density, leading_eigenpairs
 from .summed_weights import Reduced, summed_weights
@@ -194,7 +195,7 @@ class PathKernel:
         weights = weights_of(net, net.prunable, (WeightMap.IDENTITY, WeightMap.ONE), masks=self.masks)
         ones = tuple(torch.ones((1, *node.shape)) for node in net.nodes if isinstance(node, Input))
         recording = Recording(ones, (), {})  # no gates: all are open
-        flow = GatedFlow(net, weights, recording, self.policy, source=ones, signed=True, scored=True)
+        flow = GatedFlow(net, weights, recording, self.policy, source=ones, f=WeightMap.IDENTITY, scored=True)
         flow.forward()
         flow.backward()
         parts = [Powered((made := weights[n].written_scores()).weight, made.exponent) for n in net.prunable]

@@ -16,7 +16,8 @@ class Policy:
         biases: ``flow`` (paths that begin at a constant unit, ``|b|^p``) or ``drop``; also positional embeddings.
         batch_norm: ``affine`` (frozen, ``(|gamma| / sqrt(var + eps))^p``, its shift a bias) or ``identity``.
         max_pool: ``winner`` (first index on ties) or ``sum`` over the window.
-        norm: norms without running statistics: ``flow`` (divide by the RMS of the flow, held fixed) or ``unit``.
+        norm: norms without running statistics: ``flow`` (divide by the RMS of the flow, held fixed), ``unit`` or
+            ``recorded``: what each sample is divided by, in methods that take data.
         attention: how the flow through ``softmax(q k') v`` is shared among values, queries and keys: ``half`` (the
             product of two flows, twice: 1/2, 1/4, 1/4), ``budget`` (queries and keys as much as values: 1/3 each) or
             ``values`` (1, 0, 0: queries and keys score nothing and are the first to go; ``exclude`` keeps them).
@@ -33,7 +34,7 @@ class Policy:
             "biases": ("flow", "drop"),
             "batch_norm": ("affine", "identity"),
             "max_pool": ("winner", "sum"),
-            "norm": ("flow", "unit"),
+            "norm": ("flow", "unit", "recorded"),
             "attention": tuple(SHARES),
         }
         for name, values in allowed.items():
@@ -44,11 +45,12 @@ class Policy:
 POLICIES = {
     "published": Policy(),
     "paths": Policy(biases="drop", max_pool="sum"),
+    "recorded": Policy(biases="drop", max_pool="sum", norm="recorded"),
 }
 
 
 def policy_of(policy: str | Policy, **overrides: str) -> Policy:
-    """A policy by name (``published``, ``paths``), single choices overridden."""
+    """A policy by name, single choices overridden: ``published``, ``paths``, or ``recorded`` (paths, norms by data)."""
     if isinstance(policy, str):
         if policy not in POLICIES:
             raise ValueError(f"policy: wanted one of {sorted(POLICIES)} or a Policy, got {policy!r}")

@@ -19,6 +19,7 @@ from .nodes import (
     Input,
     Pool,
     Product,
+    Recorder,
     Reduce,
     Scale,
     Shift,
@@ -99,8 +100,14 @@ def _addmm(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
 def _matmul(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
     left, right = a["self"], a["mat2"] if "mat2" in a else a["other"]
     if t.is_flow(left) and t.is_flow(right):
-        return t.add(Product((t.flow(left), t.flow(right)), t.shape(node), apply=torch.matmul), node)
+        own = factors("self", "mat2" if "mat2" in a else "other")
+        return t.add(Product((t.flow(left), t.flow(right)), t.shape(node), apply=torch.matmul, recorded=own), node)
     return _matrix_product(t, node, left, right, None)
+
+
+def factors(left: str, right: str) -> Recorder:
+    """The two factors of a product, by the names of the operator's arguments."""
+    return lambda a, tensors: (a[left], a[right])
 
 
 def _matrix_product(t: Tracer, node: fx.Node, left: Any, right: Any, bias: Any) -> int:
@@ -165,7 +172,7 @@ def _embedding(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int | None:
     *("threshold", "hardshrink", "softshrink", "log_sigmoid", "rrelu"),
 )
 def _gate(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
-    return t.add(Gate((t.flow(next(iter(a.values()))),), t.shape(node), name=t.operator(node)), node)
+    return t.gate(Gate((t.flow(next(iter(a.values()))),), t.shape(node), name=t.operator(node)), node)
 
 
 IDENTITIES = (
@@ -360,7 +367,8 @@ def scaled(t: Tracer, node: fx.Node, flow: int, factor: Expression) -> int:
 @rule("add", "sub", "rsub")
 def _add(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
     if t.operator(node) == "sub" and _is_mean_of(t, a["other"], a["self"]):
-        return t.flow(a["self"])  # centring is dropped
+        mean = t.net.nodes[t.flow(a["other"])]
+        return t.add(Gate((t.flow(a["self"]),), t.shape(node), name="centre", dims=mean.dims), node)  # type: ignore[attr-defined]
     factors = (1, a["alpha"]) if t.operator(node) != "rsub" else (a["alpha"], 1)
     flows, value = [], None
     for term, factor in zip((a["self"], a["other"]), factors, strict=True):
@@ -394,8 +402,8 @@ def _mul(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
         flows = (t.flow(left), t.flow(right))
         (first, gated), (second, gated_too) = (_origin(t, flow) for flow in flows)
         if first == second and (gated or gated_too):  # x times a function of x: an activation, written out
-            return t.add(Gate((first,), t.shape(node), name="self_gate"), node)
-        return t.add(Product(flows, t.shape(node)), node)
+            return t.gate(Gate((first,), t.shape(node), name="self_gate"), node)
+        return t.add(Product(flows, t.shape(node), recorded=factors("self", "other")), node)
     if not t.is_flow(left):
         left, right = right, left
     return scaled(t, node, t.flow(left), t.constant(right))
@@ -412,7 +420,7 @@ def _origin(t: Tracer, index: int) -> tuple[int, bool]:
                 return index, gated
             index, gated = found[0][0], gated or any(g for _, g in found)
         elif isinstance(node, Gate) or (isinstance(node, (Scale, Shift)) and _is_one_number(t, node)):
-            index, gated = node.inputs[0], gated or isinstance(node, Gate)
+            index, gated = node.inputs[0], gated or (isinstance(node, Gate) and node.bends)
         else:
             return index, gated
 

@@ -129,7 +129,8 @@ def _residual(network: PathNetwork, k: int, sides: dict[int, int]) -> list[int]:
     def count(side: int, kind: type) -> int:
         return sum(side >> i & 1 and isinstance(node, kind) for i, node in enumerate(network.nodes))
 
-    size = {position: (count(side, Gate), count(side, Synapse)) for position, side in sides.items()}
+    bends = sum(1 << i for i, node in enumerate(network.nodes) if isinstance(node, Gate) and node.bends)
+    size = {position: (count(side & bends, Gate), count(side, Synapse)) for position, side in sides.items()}
     skip = min(size, key=lambda position: size[position])
     branches = [position for position in size if position != skip]
     has_skip = size[skip][0] == 0 and all(size[position][1] > size[skip][1] for position in branches)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator as python_operator
 from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from . import attention_rules  # noqa: F401 (enters its rules into the table)
 from .exporting import UnsupportedModelError, module_path, operator_name
-from .nodes import Expression, Gate, Input, Node, Pool, Tensors, WireMap
+from .nodes import Expression, Gate, Input, Node, Norm, Pool, Product, Softmax, Tensors, WireMap
 from .norm_rules import Moment, through_moment
 from .rules import RULES, RuleError
 
@@ -32,11 +32,29 @@ class Forward:
         graph: the ATen graph.
         feeds: for each of its inputs: the name of a tensor of the network, a literal, or None for a model input.
         keywords: names of the model inputs that are given by keyword, in order.
+        outputs: which of its outputs, counted as leaves, are those of the network.
     """
 
     graph: fx.GraphModule
     feeds: tuple[str | Tensor | None, ...]
     keywords: tuple[str, ...]
+    outputs: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the model computes what a node records: the operator, and the value that enters an activation."""
+
+    operator: str
+    entering: str = ""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Where the model's integer inputs choose a node's fixed numbers: the operator, its arguments as expressions."""
+
+    operator: str
+    arguments: Mapping[str, Expression]
 
 
 class Tracer:
@@ -52,6 +70,7 @@ class Tracer:
         self.graph = program.graph
         self._outputs = program.call_spec.out_spec
         self._flows: dict[fx.Node, Any] = {}  # fx node -> node index, or list of them
+        self._squares: dict[fx.Node, int] = {}  # squares that are read for themselves -> node index
         self._names: dict[fx.Node, str] = {}  # fx placeholder -> tensor name
         self._literals: dict[fx.Node, Tensor] = {}  # integer and boolean model inputs, lifted constants
         self._reads_input: dict[fx.Node, bool] = {}
@@ -93,11 +112,13 @@ class Tracer:
             if node.op == "call_function":
                 self._explain(node)
             elif node.op == "output":
-                leaves = [a for a in self._chosen(tree_leaves(node.args)) if isinstance(a, fx.Node)]
-                flows = [self.flow(a) for a in leaves if a in self._flows]
-                if not flows:
+                every = tree_leaves(node.args)
+                leaves = [a for a in self._chosen(every) if isinstance(a, fx.Node) and a in self._flows]
+                if not leaves:
                     raise UnsupportedModelError("no output of the model depends on a floating-point input")
-                self.net.outputs = tuple(flows)
+                self.net.outputs = tuple(self.flow(a) for a in leaves)
+                assert self.net.forward is not None
+                self.net.forward = replace(self.net.forward, outputs=tuple(map(every.index, leaves)))
 
     def _chosen(self, leaves: list[Any]) -> list[Any]:
         """The logits, where the outputs have names and some are called so; else all."""
@@ -135,13 +156,21 @@ class Tracer:
             self._flows[node] = found
             for k in range(before, len(self.net.nodes)):
                 made = self.net.nodes[k]
-                if isinstance(made, Gate) or (isinstance(made, Pool) and made.kind == "max"):
-                    self.net.gates[k] = node.name
+                if isinstance(made, (Norm, Product)) or (isinstance(made, Pool) and made.kind == "max"):
+                    self.net.recorded[k] = Place(node.name)
+                if not isinstance(made, (Input, Product, Softmax)):
+                    self._note_choices(k, node)
         except RuleError as error:
             raise UnsupportedModelError(
                 f"PathNetwork: operator aten.{name} in module {self.module_path(node)}: {error}; to support it, write "
                 f"a rule for '{name}' in pathprune/rules.py (PathNetwork.support_report(model) lists every operator)"
             ) from error
+
+    def _note_choices(self, k: int, node: fx.Node) -> None:
+        """Numbers that other inputs of the model choose: paths take those of the example."""
+        taken = [a for a in node.all_input_nodes if a not in self._flows and self.reads_input(a)]
+        if taken:
+            self.net.choices[k] = Choice(node.name, {a.name: self.constant(a) for a in taken})
 
     def _check_views(self, node: fx.Node) -> None:
         """An in-place operator is read as a value: no other view of the memory it changes may be read afterwards."""
@@ -159,6 +188,14 @@ class Tracer:
         """Adds a path node that stands for ``node``; returns its index."""
         return self.net.add(_located(new, f"{self.module_path(node)} ({self.operator(node)})"))
 
+    def gate(self, new: Gate, node: fx.Node) -> int:
+        """Adds an activation, whose output is that of ``node``."""
+        index, flow = self.add(new, node), new.inputs[0]
+        known = self._flows | self._squares
+        entering = [*(a for a in node.all_input_nodes if known.get(a) == flow), *(a for a in known if known[a] == flow)]
+        self.net.recorded[index] = Place(node.name, entering[0].name)
+        return index
+
     def is_flow(self, value: Any) -> bool:
         return isinstance(value, fx.Node) and value in self._flows
 
@@ -168,7 +205,9 @@ class Tracer:
             raise RuleError("expects a value that depends on the model's input")
         index = self._flows[value]
         if isinstance(index, Moment):
-            return index.as_flow(self)
+            if value not in self._squares:
+                self._squares[value] = index.as_flow(self)
+            return self._squares[value]
         if not isinstance(index, int):
             raise RuleError("a value with several parts is used as one")
         return index

@@ -4,6 +4,9 @@ The trace of the NTK is bounded by a data factor times a path factor. PX scores 
 ``R_PX = sum_n sum_k g_k(x_n^2; a(x_n)) h_k(u)``, with g the network of ones (the mask) gated as the real, masked one
 is on x_n, and h the network of u = w^2 on ones without gates: ``S = u dR_PX / du``, over 100 exponential rounds.
 
+On a norm, attention or a product of flows, paths in g have the sample's own factors; h has norms as their scales alone,
+and attention and products as data-free flow has them, so that every weight is scored.
+
 h knows no data, so with ``G_k = sum_n g_k(x_n^2)`` the sum is ``sum_k G_k h_k(u)``: all work on data is forward, and
 one backward flow of a single row, G at the outputs, scores all weights.
 
@@ -15,7 +18,7 @@ and two reads of the weights. Oracle: float64 autograd of the formula; enumerati
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any
 
@@ -29,11 +32,12 @@ from ..batches import Batch, Data, require_reiterable, stream
 from ..distributed import ALONE, Group
 from ..exporting import evaluating
 from ..flow import PathFlow
-from ..gates import GatedFlow, record
+from ..gates import GatedFlow
 from ..network import PathNetwork
 from ..nodes import Synapse
 from ..ops import WeightMap
 from ..policy import Policy, policy_of
+from ..recording import elements, record
 from ..select import Bracket
 from ..weights import Scaled, Weight, power_of_two, weights_of
 from .base import Pruner, Scorer
@@ -55,13 +59,19 @@ class PX(Pruner):
             layers are told apart by type where that code looks for 'bn' and 'fc' in names (and so misses the batch
             norms of shortcuts). Its saliencies are not positive before the final absolute value.
         rounds: 100 in the paper.
-        policy: of g and h in the paper's variant; biases begin no path.
+        policy: of g and h in the paper's variant; biases begin no path. ``recorded``: norms of a sample are gates, 1 in
+            h, as the sum over open paths has them; ``paths``: they divide by the RMS of the flow in g and in h.
 
-    Gates come from the model in eval mode; an activation without a ReLU passes ``(phi(z) / z)^2``.
+    Gates come from the model in eval mode: an activation without a ReLU passes ``(phi(z) / z)^2``, attention weights
+    and norms count squared, a factor of a product with the square of half of the other.
 
     Raises:
         TypeError: data that can be read only once.
-        ValueError: no batches, NaN inputs or outputs, a hand-made network; for ``released``, a model without ReLU.
+        ValueError: no batches, NaN inputs or outputs, a hand-made network, what has no gate (see ``recording``); for
+            ``released``, a model without ReLU.
+
+    Example:
+        >>> masks = prune(llama, PX([{"input_ids": tokens}]), density=0.5, example_input={"input_ids": tokens[:1]})
 
     Determinism: the same masks for the same data in the same order and batches, up to the rounding of torch's products.
     """
@@ -69,7 +79,7 @@ class PX(Pruner):
     data: Data = field(compare=False)
     variant: str = "paper"
     rounds: int = field(default=100, kw_only=True)
-    policy: str | Policy = field(default="paths", kw_only=True)
+    policy: str | Policy = field(default="recorded", kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -92,7 +102,8 @@ class PX(Pruner):
                 raise ValueError("PX: variant: wanted 'paper' where several ranks share the data, got 'released'")
             return _released(network, weights, self.data)
         policy = policy_of(self.policy)
-        flow = PathFlow(network, weights, f=WeightMap.SQUARE, policy=policy)
+        without = replace(policy, norm="unit") if policy.norm == "recorded" else policy
+        flow = PathFlow(network, weights, f=WeightMap.SQUARE, policy=without)
         factor = DataFactor(network.whole, weights, self.data, policy, network.replicas)
 
         def score(guess: Bracket | None) -> float:
@@ -155,8 +166,7 @@ class DataFactor:
 
     def _pieces(self) -> Iterator[Batch]:
         """The batches, cut so that what their gates take stays small: sums over samples do not mind."""
-        nodes, gates = self.network.nodes, self.network.gates
-        size = max(1, _GATES // max(1, sum(nodes[k].shape.numel() for k in gates)))
+        size = max(1, _GATES // max(1, elements(self.network)))
         for batch in stream(self.data, "PX", self.network.device):
             for at in range(0, batch.size, size):
                 yield batch.part(at, at + size)
