@@ -23,7 +23,7 @@ from torch import Tensor
 
 from . import nodes as kinds
 from .network import PathNetwork
-from .nodes import Node, Synapse
+from .nodes import Node, Synapse, geometry_of, keeps_order, parts_of
 from .ops import WeightMap
 from .policy import SHARES, Policy
 from .pooling import pooled
@@ -31,6 +31,7 @@ from .scaled import ScaledArithmetic
 from .select import Bracket
 from .weights import Scaled, Weight, accumulate_type, power_of_two
 
+_SMALL = 1 << 14  # numbers
 GROUPED = ("rows", "experts", "experts_t")  # forms of synapses over a flow [1, groups, rows, in]
 POWERS = {WeightMap.ONE: 0.0, WeightMap.ABS: 1.0, WeightMap.IDENTITY: 1.0, WeightMap.SQUARE: 2.0}
 
@@ -77,6 +78,7 @@ class PathFlow(ScaledArithmetic):
         self._fixed = {k: self._constant(network.nodes[k]) for k in self._order}
         self._last_use = {i: k for k in self._order for i in network.nodes[k].inputs}
         self._carries = self._nodes_above_weights()
+        self._relays = {k for k in self._order if not self.batched and self._is_relay(k)}
         self._saved: dict[int, Any] = {}
         self.values: dict[int, Scaled] = {}
         self.keep_flows = False  # keep every node's forward and backward flow, to look at (conservation, reports)
@@ -150,6 +152,13 @@ class PathFlow(ScaledArithmetic):
         if not bool(torch.isfinite(value).all()):
             raise ValueError("PathFlow: wanted finite biases, norms and constants, got NaN or infinite ones")
         return value
+
+    def _is_relay(self, k: int) -> bool:
+        """Whether a node of a small flow does no more than to give it another shape: asking autograd takes longer."""
+        node = self.network.nodes[k]
+        if not isinstance(node, kinds.Wire) or len(node.inputs) != 1 or node.shape.numel() > _SMALL:
+            return False
+        return keeps_order(node, self.network.nodes[node.inputs[0]].shape, self.power, self.device)
 
     def _nodes_above_weights(self) -> set[int]:
         """Nodes whose backward flow reaches a scored synapse (or is asked for)."""
@@ -255,6 +264,8 @@ class PathFlow(ScaledArithmetic):
         return self._linear_map(k, lambda x: x.sum(node.dims, keepdim=node.keepdim) * factor, entering)
 
     def _forward_wire(self, k: int, node: kinds.Wire, entering: list[Scaled]) -> Scaled:
+        if k in self._relays:
+            return replace(entering[0], tensor=entering[0].tensor.reshape(node.shape))
         return self._linear_map(k, lambda *xs: node.apply(xs, self.power), entering)
 
     def _forward_sum(self, k: int, node: kinds.Sum, entering: list[Scaled]) -> Scaled:
@@ -394,7 +405,12 @@ class PathFlow(ScaledArithmetic):
         leaves, result = self._saved.pop(k)  # the leaves are aligned to the result's exponent: no factor is left
         return [Scaled(part, g.exponent) for part in torch.autograd.grad(result, leaves, g.tensor)]
 
-    _backward_pool = _backward_reduce = _backward_wire = _backward_linear_map
+    _backward_pool = _backward_reduce = _backward_linear_map
+
+    def _backward_wire(self, k: int, node: Node, g: Scaled, guess: Bracket | None) -> list[Scaled]:
+        if k not in self._relays:
+            return self._backward_linear_map(k, node, g, guess)
+        return [replace(g, tensor=g.tensor.reshape(self.network.nodes[node.inputs[0]].shape))]
 
     def _backward_sum(self, k: int, node: Node, g: Scaled, guess: Bracket | None) -> list[Scaled]:
         shapes = self._saved.pop(k)
@@ -477,21 +493,7 @@ def _turned(node: Synapse, weight: Weight) -> bool:
     return node.form != weight.form and node.form in ("linear", "linear_t")
 
 
-def parts_of(x: Tensor, node: kinds.Norm | kinds.Gate, lead: int) -> tuple[Tensor, tuple[int, ...]]:
-    """What a norm runs over: the flow, its channels by groups where it has such, and the axes."""
-    if not node.groups:
-        return x, tuple(lead + d for d in node.dims)
-    parts = x.unflatten(lead + 1, (node.groups, -1))
-    return parts, tuple(range(lead + 2, parts.dim()))
-
-
 def largest_magnitude(rows: Tensor) -> Tensor:
     """The largest magnitude of each row, of flows that have either sign."""
     low, high = torch.aminmax(rows, dim=1)
     return torch.maximum(-low, high)
-
-
-def geometry_of(node: Synapse) -> tuple[Any, ...]:
-    """What ``torch.convolution`` takes after the bias."""
-    padding = node.output_padding or (0,) * len(node.stride)
-    return (node.stride, node.padding, node.dilation, node.form == "conv_transpose", padding, node.groups)

@@ -14,9 +14,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .flow import PathFlow, geometry_of, largest_magnitude, parts_of
+from .flow import PathFlow, largest_magnitude
 from .network import PathNetwork
-from .nodes import Expression, Gate, Node, Norm, Pool, Product, Synapse
+from .nodes import Expression, Gate, Node, Norm, Pool, Product, Synapse, geometry_of, parts_of
 from .ops import WeightMap
 from .policy import Policy
 from .pruned_convolution import counting_convolution, pruned_convolution

@@ -175,3 +175,25 @@ class Softmax(Node):
     weights: Expression = field(kw_only=True)
     dim: int = field(kw_only=True)
     repeats: Tensor | None = field(default=None, kw_only=True)
+
+
+def keeps_order(wire: Wire, entering: torch.Size, power: float, device: torch.device) -> bool:
+    """Whether a wire of one input gives its elements on in their order, so that it only gives them another shape."""
+    if entering.numel() != wire.shape.numel():
+        return False
+    numbers = torch.arange(1.0, entering.numel() + 1, dtype=torch.float64, device=device)
+    return torch.equal(wire.apply([numbers.reshape(entering)], power).reshape(-1), numbers)
+
+
+def parts_of(x: Tensor, node: Norm | Gate, lead: int) -> tuple[Tensor, tuple[int, ...]]:
+    """What a norm runs over: the flow, its channels by groups where it has such, and the axes."""
+    if not node.groups:
+        return x, tuple(lead + d for d in node.dims)
+    parts = x.unflatten(lead + 1, (node.groups, -1))
+    return parts, tuple(range(lead + 2, parts.dim()))
+
+
+def geometry_of(node: Synapse) -> tuple[Any, ...]:
+    """What ``torch.convolution`` takes after the bias."""
+    padding = node.output_padding or (0,) * len(node.stride)
+    return (node.stride, node.padding, node.dilation, node.form == "conv_transpose", padding, node.groups)

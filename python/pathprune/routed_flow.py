@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from . import nodes as kinds
-from .flow import POWERS, PathFlow, geometry_of
+from .flow import POWERS, PathFlow
 from .network import PathNetwork
 from .ops import WeightMap
 from .policy import Policy
@@ -360,13 +360,13 @@ class RoutedFlow:
             return x @ w.t()
         if max(w.shape[2:]) == 1 and node.groups == 1 and max(node.stride) == 1 and max(node.padding) == 0:
             return (x.permute(0, 2, 3, 1) @ w.flatten(1).t()).permute(0, 3, 1, 2)
-        return _channels_last(torch.convolution(x, w, None, *geometry_of(node)))
+        return _channels_last(torch.convolution(x, w, None, *kinds.geometry_of(node)))
 
     def _summed(self, x: Tensor, w: Tensor, node: kinds.Synapse) -> Tensor:
         """A product with ones: the same for all that leave a group."""
         if w.dim() == 2:
             return x.sum(1, keepdim=True)
-        stride, padding, dilation, *_, groups = geometry_of(node)
+        stride, padding, dilation, *_, groups = kinds.geometry_of(node)
         sums = x.unflatten(1, (groups, -1)).sum(2)
         ones = torch.ones((groups, 1, *w.shape[2:]), dtype=w.dtype, device=w.device)
         return torch.conv2d(sums, ones, None, stride, padding, dilation, groups).repeat_interleave(

@@ -16,9 +16,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .flow import PathFlow, geometry_of, largest_magnitude
+from .flow import PathFlow, largest_magnitude
 from .network import PathNetwork
-from .nodes import Constant, Node, Norm, Product, Shift, Synapse
+from .nodes import Constant, Node, Norm, Product, Shift, Synapse, geometry_of
 from .ops import WeightMap
 from .policy import Policy
 from .select import Bracket
