@@ -28,6 +28,8 @@ FLOORS = [
         "shards",
         "checkpoint",
         "restartable",
+        "assembly",
+        "expert_inputs",
         "cell_space",
         "score_table",
         "real",

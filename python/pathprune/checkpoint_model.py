@@ -1,26 +1,28 @@
 """The model of a Hugging Face folder, with its weights left on the disk.
 
 The structure is made by ``transformers`` from the configuration, without memory for the parameters; each parameter
-then becomes a window on its file. Names in files are brought to names of parameters as ``from_pretrained`` does, as
-far as that is renaming: a tensor that it would fuse with others, split or transpose is left as it is.
+then becomes a window on its file. Names in files are brought to names of parameters as ``from_pretrained`` does. What
+it fuses, splits or transposes on loading is laid out anew in a file of its own (:mod:`assembly`), and the parameter is
+a window on that; a tensor that it converts otherwise is left as it is.
 """
 
 from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
+from .assembly import Assembly, NoWayBackError, converted, dtype_of
 from .checkpoint import Checkpoint, some
 from .layers import layer_network, prunable_layers
 from .network import PathNetwork
-from .shards import CheckpointError
+from .shards import CheckpointError, Shard
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -34,6 +36,7 @@ class CheckpointModel:
         model: in eval mode; its parameters have one dtype, and are not to be written to.
         tensors: parameter or buffer name -> values, as they are in the files.
         keys: the same names -> names in the files (tied tensors may be there more than once).
+        assemblies: parameter or buffer name -> how it is made of tensors of the files, of those that are.
         unclaimed: names in the files that the model does not use as they are: they are not pruned.
         absent: names of parameters that no file has.
     """
@@ -42,12 +45,13 @@ class CheckpointModel:
     model: nn.Module
     tensors: dict[str, Tensor]
     keys: dict[str, list[str]]
+    assemblies: dict[str, Assembly]
     unclaimed: list[str]
     absent: list[str] = field(default_factory=list)
 
     def used(self, name: str) -> None:
         """Tells the checkpoint that a parameter has been read."""
-        for key in self.keys.get(name, ()):
+        for key in self.keys.get(name, (_window_of(name),)):
             self.checkpoint.used(key)
 
     def layers(self, *, runs: bool = False) -> PathNetwork:
@@ -100,8 +104,16 @@ class CheckpointModel:
         return network
 
 
-def open_model(checkpoint: Checkpoint) -> CheckpointModel:
+LayOut = Callable[[Mapping[str, Assembly]], Shard]
+"""Lays parameters out in a file, with tensors of their names."""
+
+
+def open_model(checkpoint: Checkpoint, lay_out: LayOut | None = None) -> CheckpointModel:
     """The checkpoint's model, its parameters windows on the files.
+
+    Args:
+        lay_out: asked for the values of parameters that are made of several tensors, if there are any; without it
+            they are absent.
 
     Raises:
         CheckpointError: no such architecture, quantised weights, tensors of other shapes than the model's, or tied
@@ -109,19 +121,28 @@ def open_model(checkpoint: Checkpoint) -> CheckpointModel:
         ImportError: transformers is missing.
     """
     model = _structure(checkpoint)
-    keys, unclaimed = _claimed(checkpoint, model)
+    keys, assemblies, unclaimed = _claimed(checkpoint, model)
     tensors: dict[str, Tensor] = {}
     parameters = dict(model.named_parameters())
     persistent = set(model.state_dict(keep_vars=True))
+    made = lay_out(assemblies) if lay_out is not None and assemblies else None
     for name, own in (*parameters.items(), *model.named_buffers()):
         if name in keys:
             tensors[name] = _value(checkpoint, name, keys[name], own.shape)
+        elif made is not None and name in assemblies:
+            tensors[name] = made.tensor(name)
+            checkpoint.used.watch(_window_of(name), made.window(name))
         elif name not in parameters and not own.is_meta:
             tensors[name] = own.detach()  # of the structure itself, not of the files
     expected = [*parameters, *(name for name, _ in model.named_buffers() if name in persistent)]
     absent = [name for name in expected if name not in tensors]
-    _fill(model, tensors, parameters, set(keys))
-    return CheckpointModel(checkpoint, model.eval(), tensors, keys, unclaimed, absent)
+    _fill(model, tensors, parameters, {*keys, *assemblies})
+    return CheckpointModel(checkpoint, model.eval(), tensors, keys, assemblies, unclaimed, absent)
+
+
+def _window_of(name: str) -> str:
+    """What the windows of laid out parameters are known by, beside those of the files' tensors."""
+    return f"parameter {name}"
 
 
 def _structure(checkpoint: Checkpoint) -> nn.Module:
@@ -164,19 +185,75 @@ def _parameters_on_meta() -> Iterator[None]:
         hook.remove()
 
 
-def _claimed(checkpoint: Checkpoint, model: nn.Module) -> tuple[dict[str, list[str]], list[str]]:
-    """Canonical name in the model -> names in the files, and the names that the model does not take as they are."""
+def _claimed(
+    checkpoint: Checkpoint, model: nn.Module
+) -> tuple[dict[str, list[str]], dict[str, Assembly], list[str]]:
+    """Canonical name in the model -> names in the files, or what is made of them; and names the model does not take."""
     canonical = _first_names(model)
-    rename = _renaming(model)
+    rename, in_order = _renaming(model)
     keys: dict[str, list[str]] = {}
+    collected: dict[str, tuple[Any, dict[str, list[str]]]] = {}  # name -> its converter, its tensors by pattern
     unclaimed = []
-    for key in checkpoint.where:
-        name = rename(key)
-        if name in canonical:
-            keys.setdefault(canonical[name], []).append(key)
-        else:
+    for key in sorted(checkpoint.where, key=in_order):
+        claim = rename(key)
+        if claim.name not in canonical:
             unclaimed.append(key)
-    return keys, unclaimed
+        elif claim.converter is None:
+            keys.setdefault(canonical[claim.name], []).append(key)
+        else:
+            _, patterns = collected.setdefault(claim.name, (claim.converter, {}))
+            patterns.setdefault(claim.pattern, []).append(key)
+    assemblies: dict[str, Assembly] = {}
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    for name, (converter, patterns) in collected.items():
+        made = _made(checkpoint, shapes, name, converter, patterns)
+        if made is None or any(one not in canonical or canonical[one] in keys for one in made):
+            unclaimed += [key for some_keys in patterns.values() for key in some_keys]
+        else:
+            assemblies.update({canonical[one]: assembly for one, assembly in made.items()})
+    return keys, assemblies, unclaimed
+
+
+def _made(
+    checkpoint: Checkpoint,
+    shapes: Mapping[str, torch.Size],
+    name: str,
+    converter: Any,
+    patterns: Mapping[str, list[str]],
+) -> dict[str, Assembly] | None:
+    """The parameters that a conversion makes; None where there is no way back from them to the files.
+
+    Raises:
+        CheckpointError: tensors that do not make up the model's parameters.
+    """
+    found = next((target for target in converter.target_patterns if target in name), None)
+    if found is None:
+        return None
+
+    def full(target: str) -> str:
+        return name.replace(found, target, 1)
+
+    def wanted(target: str) -> torch.Size:
+        return shapes[full(target)]
+
+    tensors = {
+        pattern: [Assembly.of(key, checkpoint.entry(key).shape) for key in keys] for pattern, keys in patterns.items()
+    }
+    try:
+        made = {full(target): assembly for target, assembly in converted(converter, tensors, wanted).items()}
+    except (NoWayBackError, KeyError):
+        return None
+    except (ValueError, IndexError) as error:
+        raise CheckpointError(f"{checkpoint.folder}: {name}: the files' tensors do not make it up: {error}") from error
+    for one, assembly in made.items():
+        if one in shapes and shapes[one] != assembly.shape:
+            want, got = list(shapes[one]), list(assembly.shape)
+            raise CheckpointError(
+                f"{checkpoint.folder}: {one}: the model wants {want}, the files' tensors make up {got}"
+            )
+    if any(dtype_of(checkpoint, assembly) is None or not assembly.shape for assembly in made.values()):
+        return None
+    return made
 
 
 def _first_names(model: nn.Module) -> dict[str, str]:
@@ -186,31 +263,40 @@ def _first_names(model: nn.Module) -> dict[str, str]:
     return {name: first.setdefault(id(tensor), name) for name, tensor in everyone}
 
 
-def _renaming(model: nn.Module) -> Any:
-    """From a name in the files to the model's, or None where the tensor would not stay as it is."""
+class _Claim(NamedTuple):
+    """What a name in the files is in the model; ``converter`` where the tensor does not stay as it is."""
+
+    name: str
+    converter: Any = None
+    pattern: str = ""
+
+
+def _renaming(model: nn.Module) -> tuple[Callable[[str], _Claim], Callable[[str], Any]]:
+    """From a name in the files to the model's; and the order in which they are to be taken."""
     own = model.state_dict()
     prefix = getattr(model, "base_model_prefix", "") or None
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
     except ImportError:  # before transformers 5 names differed by the base model's prefix alone
 
-        def plain(key: str) -> str | None:
+        def plain(key: str) -> _Claim:
             ways = (key, f"{prefix}.{key}", key.removeprefix(f"{prefix}."))
-            return next((way for way in ways if way in own), None)
+            return _Claim(next((way for way in ways if way in own), key))
 
-        return plain
+        return plain, str
     transforms = get_model_conversion_mapping(cast(Any, model))
     renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
     converters = [one for one in transforms if isinstance(one, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
 
-    def renamed(key: str) -> str | None:
-        name, converter = rename_source_key(key, renamings, converters, prefix, own)
+    def renamed(key: str) -> _Claim:
+        name, pattern = rename_source_key(key, renamings, converters, prefix, own)
         if name not in own and key in own:
-            name, converter = rename_source_key(key, [], [], prefix, own)
-        return None if converter is not None else name
+            name, pattern = rename_source_key(key, [], [], prefix, own)
+        return _Claim(name) if pattern is None else _Claim(name, by_pattern[pattern], pattern)
 
-    return renamed
+    return renamed, dot_natural_key
 
 
 def _value(checkpoint: Checkpoint, name: str, keys: list[str], shape: torch.Size) -> Tensor:

@@ -16,6 +16,7 @@ import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ._mask_io import flat_pieces
+from .assembly import Assembly, Part, file_bits, laid_out, size_of
 from .checkpoint import MASKS, Checkpoint, some, verify
 from .checkpoint_model import CheckpointModel, open_model
 from .loading import example_input as ones_of_shape
@@ -34,8 +36,10 @@ from .pruners.base import Pruner
 from .pruning import prune
 from .residency import DEFAULT_BUDGET
 from .restartable import RestartableFolder
-from .shards import CheckpointError
+from .shards import CheckpointError, Shard
 from .version import __version__
+
+ASSEMBLED = "assembled.safetensors"  # in a folder in the making alone
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,8 @@ class PrunedCheckpoint:
     Attributes:
         folder: complete, with the shards, the masks and the other files.
         masks: by the model's parameter names.
-        unpruned: names of tensors in the files that the model does not use as they are: they were copied.
+        unpruned: names of tensors in the files that the model does not have, or converts in a way that has no way back
+            (quantised, interleaved): they were copied.
         left_out: other copies of the weights (pickled, ONNX, ...), which were not copied: they are not pruned.
     """
 
@@ -58,7 +63,7 @@ class PrunedCheckpoint:
         """What a reader should know, in sentences."""
         lines = []
         if self.unpruned:
-            lines.append(f"copied as they are, the model has no such parameter: {some(self.unpruned)}")
+            lines.append(f"copied as they are, the model has no such parameter or converts them: {some(self.unpruned)}")
         if self.left_out:
             lines.append(f"left out, other copies of the weights: {some(self.left_out)}")
         return lines
@@ -143,13 +148,14 @@ def prune_checkpoint(
     with RestartableFolder(target, arguments) as work:
         if work.finished:
             return _result(target, Masks.load(target / MASKS), verify(target)["findings"])
-        _check_space(checkpoint, work)
         opened = open_model(checkpoint)
+        _check_space(opened, work)
         if work.has(MASKS):
             masks = Masks.load(work.partial / MASKS)
         else:
+            valued = open_model(checkpoint, partial(_laid_out, checkpoint, work)) if opened.assemblies else opened
             found = prune(
-                _network(opened, pruner, example_input, input_shape),
+                _network(valued, pruner, example_input, input_shape),
                 pruner,
                 density=density,
                 sparsity=sparsity,
@@ -167,6 +173,7 @@ def prune_checkpoint(
             checkpoint.check_unchanged()
             masks.save(work.partial / MASKS)
             work.adopt(MASKS)
+        work.discard(ASSEMBLED)
         _write_shards(opened, masks, work, progress)
         along, left_out = checkpoint.companions()
         for path in along:
@@ -175,6 +182,13 @@ def prune_checkpoint(
         notes = {"unpruned": opened.unclaimed, "left_out": [str(path) for path in left_out]}
         work.complete(notes)
     return _result(target, masks, notes)
+
+
+def _laid_out(checkpoint: Checkpoint, work: RestartableFolder, assemblies: Mapping[str, Assembly]) -> Shard:
+    """A file beside the result with the parameters that are made of several tensors, as long as they are scored."""
+    if not work.has(ASSEMBLED):
+        work.write(ASSEMBLED, laid_out(checkpoint, assemblies))
+    return Shard(work.partial / ASSEMBLED)
 
 
 def _repeatable(masks: Masks, paths_are_known: bool) -> Masks:
@@ -214,11 +228,13 @@ def _shapes(given: Any) -> list[list[int]]:
     return [list(leaf.shape) for leaf in tree_leaves(given) if isinstance(leaf, Tensor)]
 
 
-def _check_space(checkpoint: Checkpoint, work: RestartableFolder) -> None:
-    """Refuses a disk on which the result has no room."""
+def _check_space(opened: CheckpointModel, work: RestartableFolder) -> None:
+    """Refuses a disk on which the result has no room, or what is laid out for its making."""
+    checkpoint = opened.checkpoint
     along, _ = checkpoint.companions()
     wanted = sum(shard.size for shard in checkpoint.shards.values())
     wanted += sum((checkpoint.folder / path).stat().st_size for path in along)
+    wanted = max(wanted, size_of(checkpoint, opened.assemblies))  # removed before the shards are written
     there = sum(path.stat().st_size for path in work.partial.rglob("*") if path.is_file())
     free = shutil.disk_usage(work.partial).free
     if wanted - there > free:
@@ -227,18 +243,22 @@ def _check_space(checkpoint: Checkpoint, work: RestartableFolder) -> None:
 
 def _write_shards(opened: CheckpointModel, masks: Masks, work: RestartableFolder, progress: bool | None) -> None:
     """Each shard with zeros in place of the removed weights; finished ones are kept."""
-    bits: dict[str, dict[str, Tensor]] = {file: {} for file in opened.checkpoint.shards}
+    checkpoint = opened.checkpoint
+    uses: dict[str, list[tuple[Part, tuple[Tensor, torch.Size]]]] = {}  # of file tensors, by parameters
     for name in masks:
-        for key in opened.keys[name]:
-            bits[opened.checkpoint.where[key]][key] = masks.packed(name)[0]
-    opened.checkpoint.used.release()
-    total = sum(shard.size for shard in opened.checkpoint.shards.values())
+        for key in opened.keys.get(name, ()):
+            uses[key] = [(Assembly.of(key, checkpoint.entry(key).shape).parts[0], masks.packed(name))]
+        for part in opened.assemblies[name].parts if name in opened.assemblies else ():
+            uses.setdefault(part.key, []).append((part, masks.packed(name)))
+    checkpoint.used.release()
+    total = sum(shard.size for shard in checkpoint.shards.values())
     with _Bar(total, progress) as advance:
-        for file, shard in opened.checkpoint.shards.items():
+        for file, shard in checkpoint.shards.items():
             if work.has(file):
                 advance(shard.size)
-            else:
-                work.write(file, _counted(shard.pruned(bits[file]), advance))
+                continue
+            bits = {key: file_bits(shard.entries[key].shape, uses[key]) for key in shard.entries if key in uses}
+            work.write(file, _counted(shard.pruned(bits), advance))
 
 
 def _counted(chunks: Iterable[Any], advance: Any) -> Iterable[Any]:
