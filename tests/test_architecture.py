@@ -75,7 +75,7 @@ FLOORS = [
     {"path_kernel", "path_gram", "tangent_kernel"},
     {"convergence"},
     {"pruners", "stable_resnet"},
-    {"pruning", "sanity", "zico", "space_scores", "checkpoint_model"},
+    {"pruning", "savepoints", "sanity", "zico", "space_scores", "checkpoint_model"},
     {"allocation", "report", "scoring", "measures", "checkpoint_pruning"},
     {"many_networks"},
     {"comparison"},

@@ -5,7 +5,7 @@ gate and up projections one matrix. As long as values are only moved, such a par
 a strided view of one file tensor. The same boxes serve both ways: values go from the files into the parameter, the
 bits of its mask from the parameter to the tensors of the files.
 
-Bytes: laying parameters out reads and writes their values once, a few MB at a time; the way back reads one bit a weight.
+Bytes: laying parameters out reads and writes their values once, a few MB at a time; the way back is one bit a weight.
 Oracle: the conversion that ``transformers`` itself makes on loading.
 """
 
@@ -149,9 +149,7 @@ def stacked(members: Sequence[Assembly], axis: int) -> Assembly:
     axis %= len(shape) + 1
     parts = []
     for k, member in enumerate(members):
-        parts += [
-            Part(p.key, p.view.unsqueeze(axis), (*p.begin[:axis], k, *p.begin[axis:])) for p in member.parts
-        ]
+        parts += [Part(p.key, p.view.unsqueeze(axis), (*p.begin[:axis], k, *p.begin[axis:])) for p in member.parts]
     return Assembly(torch.Size((*shape[:axis], len(members), *shape[axis:])), tuple(parts))
 
 
@@ -247,7 +245,9 @@ def _cut(tensor: Assembly, axis: int, sizes: Sequence[int], targets: Sequence[st
     if min(sizes) <= 0 or sum(sizes) != tensor.shape[axis]:
         raise ValueError(f"wanted {tensor.shape[axis]} slices to be {' + '.join(map(str, sizes))}")
     begins = itertools.accumulate(sizes, initial=0)
-    return {name: [tensor.narrowed(axis, begin, size)] for name, begin, size in zip(targets, begins, sizes, strict=False)}
+    return {
+        name: [tensor.narrowed(axis, begin, size)] for name, begin, size in zip(targets, begins, sizes, strict=False)
+    }
 
 
 def _transpose(operation: Any, values: _Values, sources: list[str], targets: list[str], wanted: _Wanted) -> _Values:

@@ -185,9 +185,7 @@ def _parameters_on_meta() -> Iterator[None]:
         hook.remove()
 
 
-def _claimed(
-    checkpoint: Checkpoint, model: nn.Module
-) -> tuple[dict[str, list[str]], dict[str, Assembly], list[str]]:
+def _claimed(checkpoint: Checkpoint, model: nn.Module) -> tuple[dict[str, list[str]], dict[str, Assembly], list[str]]:
     """Canonical name in the model -> names in the files, or what is made of them; and names the model does not take."""
     canonical = _first_names(model)
     rename, in_order = _renaming(model)

@@ -11,10 +11,11 @@ Oracle: the same pruning in memory.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,13 +34,14 @@ from .masks import Masks
 from .network import PathNetwork
 from .pruners import PHEW, Magnitude, PathPruner, Wanda
 from .pruners.base import Pruner
-from .pruning import prune
+from .pruning import asked_for, prune
 from .residency import DEFAULT_BUDGET
 from .restartable import RestartableFolder
+from .savepoints import Savepoints
 from .shards import CheckpointError, Shard
 from .version import __version__
 
-ASSEMBLED = "assembled.safetensors"  # in a folder in the making alone
+ASSEMBLED = ".assembled"  # in a folder in the making alone; no shard and no file that goes along has such a name
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,7 @@ def prune_checkpoint(
             f"prune_checkpoint: pruner: wanted Magnitude, Wanda, PHEW or a path method, got {pruner.name}, "
             "which holds more than one bit a weight in memory"
         )
+    asked_for(density, sparsity, pruner.scope if scope is None else scope)
     checkpoint = Checkpoint(folder, budget)
     checkpoint.verify()
     arguments: dict[str, Any] = {
@@ -150,29 +153,19 @@ def prune_checkpoint(
             return _result(target, Masks.load(target / MASKS), verify(target)["findings"])
         opened = open_model(checkpoint)
         _check_space(opened, work)
+        savepoints = Savepoints(work)
         if work.has(MASKS):
             masks = Masks.load(work.partial / MASKS)
         else:
-            valued = open_model(checkpoint, partial(_laid_out, checkpoint, work)) if opened.assemblies else opened
-            found = prune(
-                _network(valued, pruner, example_input, input_shape),
-                pruner,
-                density=density,
-                sparsity=sparsity,
-                scope=scope,
-                allocation=allocation,
-                schedule=schedule,
-                seed=seed,
-                include=include,
-                exclude=exclude,
-                compact=False,
-                progress=progress,
-            )
-            assert isinstance(found, Masks)
-            masks = _repeatable(found, pruner.needs_paths)
-            checkpoint.check_unchanged()
+            options: dict[str, Any] = {"density": density, "sparsity": sparsity, "scope": scope}
+            options |= {"allocation": allocation, "schedule": schedule, "seed": seed, "progress": progress}
+            options |= {"include": include, "exclude": exclude, "savepoints": savepoints}
+            given = partial(_network, pruner=pruner, given=example_input, shape=input_shape)
+            masks = _scored(Checkpoint(folder, budget), work, pruner, given, options)
+            gc.collect()  # what was laid out takes room on the disk as long as a window on it is left
             masks.save(work.partial / MASKS)
             work.adopt(MASKS)
+        savepoints.discard()
         work.discard(ASSEMBLED)
         _write_shards(opened, masks, work, progress)
         along, left_out = checkpoint.companions()
@@ -182,6 +175,25 @@ def prune_checkpoint(
         notes = {"unpruned": opened.unclaimed, "left_out": [str(path) for path in left_out]}
         work.complete(notes)
     return _result(target, masks, notes)
+
+
+def _scored(
+    checkpoint: Checkpoint,
+    work: RestartableFolder,
+    pruner: Pruner,
+    network: Callable[[CheckpointModel], PathNetwork],
+    options: Mapping[str, Any],
+) -> Masks:
+    """The masks, of weights read where they lie; nothing that maps a file outlives it."""
+    try:
+        opened = open_model(checkpoint, partial(_laid_out, checkpoint, work))
+        found = prune(network(opened), pruner, compact=False, **options)
+        checkpoint.check_unchanged()
+    except (TypeError, ValueError):  # the next attempt would fail as well, or is another one
+        work.discard(*work.finished_files())
+        raise
+    assert isinstance(found, Masks)
+    return _repeatable(found, pruner.needs_paths)
 
 
 def _laid_out(checkpoint: Checkpoint, work: RestartableFolder, assemblies: Mapping[str, Assembly]) -> Shard:
@@ -202,7 +214,7 @@ def _result(folder: Path, masks: Masks, found: Mapping[str, Any]) -> PrunedCheck
     return PrunedCheckpoint(folder, masks, tuple(found["unpruned"]), tuple(found["left_out"]))
 
 
-def _network(opened: CheckpointModel, pruner: Pruner, given: Any, shape: str | None) -> PathNetwork:
+def _network(opened: CheckpointModel, *, pruner: Pruner, given: Any, shape: str | None) -> PathNetwork:
     """What the method looks at."""
     if pruner.needs_paths:
         return opened.paths(ones_of_shape(opened.model, shape) if given is None else given)

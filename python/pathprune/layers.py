@@ -52,7 +52,7 @@ def layer_network(model: nn.Module, tensors: Mapping[str, Tensor] | None = None)
 
 
 def prunable_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Weight name -> the first module that uses it, a layer or a mixture of experts, in the order of ``model.named_parameters()``."""
+    """Weight name -> the first layer or mixture of experts that uses it, in ``named_parameters``' order."""
     return {name: modules[0] for name, modules in modules_of(model).items()}
 
 

@@ -62,6 +62,10 @@ class Wanda(Pruner):
         return "row"
 
     @property
+    def resumes(self) -> bool:
+        return True
+
+    @property
     def maps(self) -> tuple[WeightMap, WeightMap]:
         return WeightMap.ABS, WeightMap.ABS
 
