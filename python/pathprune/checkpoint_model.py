@@ -37,6 +37,7 @@ class CheckpointModel:
         tensors: parameter or buffer name -> values, as they are in the files.
         keys: the same names -> names in the files (tied tensors may be there more than once).
         assemblies: parameter or buffer name -> how it is made of tensors of the files, of those that are.
+        unmade: names of parameters that transformers makes of tensors of the files in a way that has no way back.
         unclaimed: names in the files that the model does not use as they are: they are not pruned.
         absent: names of parameters that no file has.
     """
@@ -46,6 +47,7 @@ class CheckpointModel:
     tensors: dict[str, Tensor]
     keys: dict[str, list[str]]
     assemblies: dict[str, Assembly]
+    unmade: list[str]
     unclaimed: list[str]
     absent: list[str] = field(default_factory=list)
 
@@ -55,7 +57,7 @@ class CheckpointModel:
             self.checkpoint.used(key)
 
     def layers(self, *, runs: bool = False) -> PathNetwork:
-        """The linear layers side by side; see :func:`layer_network`.
+        """The linear layers side by side, without those that are ``unmade``; see :func:`layer_network`.
 
         Args:
             runs: whether the model will be run, so that it needs all its parameters.
@@ -63,7 +65,7 @@ class CheckpointModel:
         Raises:
             CheckpointError: a weight that the files do not have, or whose dtype cannot be scored.
         """
-        self._check(prunable_layers(self.model))
+        self._check([name for name in prunable_layers(self.model) if name not in self.unmade])
         if runs:
             self._check_whole()
         return self._watched(layer_network(self.model, self.tensors))
@@ -75,14 +77,19 @@ class CheckpointModel:
             CheckpointError: a parameter that the files do not have, or whose dtype cannot be scored.
             UnsupportedModelError: an operator without a rule.
         """
-        self._check(self.tensors)
         self._check_whole()
+        self._check(self.tensors)
         network = PathNetwork.from_module(self.model, example_input)
         for name in network.tensors:  # where dtypes are mixed, the model has copies
             network.tensors[name] = self.tensors[name]
         return self._watched(network)
 
     def _check_whole(self) -> None:
+        if self.unmade:
+            raise CheckpointError(
+                f"{self.checkpoint.folder}: transformers converts the files' tensors in a way that there is no way back "
+                f"for: {some(self.unmade)}"
+            )
         if self.absent:
             raise CheckpointError(f"{self.checkpoint.folder}: no file has {some(self.absent)}")
 
@@ -121,7 +128,7 @@ def open_model(checkpoint: Checkpoint, lay_out: LayOut | None = None) -> Checkpo
         ImportError: transformers is missing.
     """
     model = _structure(checkpoint)
-    keys, assemblies, unclaimed = _claimed(checkpoint, model)
+    keys, assemblies, unmade, unclaimed = _claimed(checkpoint, model)
     tensors: dict[str, Tensor] = {}
     parameters = dict(model.named_parameters())
     persistent = set(model.state_dict(keep_vars=True))
@@ -137,7 +144,7 @@ def open_model(checkpoint: Checkpoint, lay_out: LayOut | None = None) -> Checkpo
     expected = [*parameters, *(name for name, _ in model.named_buffers() if name in persistent)]
     absent = [name for name in expected if name not in tensors]
     _fill(model, tensors, parameters, {*keys, *assemblies})
-    return CheckpointModel(checkpoint, model.eval(), tensors, keys, assemblies, unclaimed, absent)
+    return CheckpointModel(checkpoint, model.eval(), tensors, keys, assemblies, unmade, unclaimed, absent)
 
 
 def _window_of(name: str) -> str:
@@ -185,13 +192,15 @@ def _parameters_on_meta() -> Iterator[None]:
         hook.remove()
 
 
-def _claimed(checkpoint: Checkpoint, model: nn.Module) -> tuple[dict[str, list[str]], dict[str, Assembly], list[str]]:
-    """Canonical name in the model -> names in the files, or what is made of them; and names the model does not take."""
+def _claimed(
+    checkpoint: Checkpoint, model: nn.Module
+) -> tuple[dict[str, list[str]], dict[str, Assembly], list[str], list[str]]:
+    """What of the model is in the files: see the attributes of :class:`CheckpointModel`, by canonical names."""
     canonical = _first_names(model)
     rename, in_order = _renaming(model)
     keys: dict[str, list[str]] = {}
     collected: dict[str, tuple[Any, dict[str, list[str]]]] = {}  # name -> its converter, its tensors by pattern
-    unclaimed = []
+    unmade, unclaimed = [], []
     for key in sorted(checkpoint.where, key=in_order):
         claim = rename(key)
         if claim.name not in canonical:
@@ -204,12 +213,13 @@ def _claimed(checkpoint: Checkpoint, model: nn.Module) -> tuple[dict[str, list[s
     assemblies: dict[str, Assembly] = {}
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     for name, (converter, patterns) in collected.items():
-        made = _made(checkpoint, shapes, name, converter, patterns)
+        targets, made = _made(checkpoint, shapes, name, converter, patterns)
         if made is None or any(one not in canonical or canonical[one] in keys for one in made):
             unclaimed += [key for some_keys in patterns.values() for key in some_keys]
+            unmade += [canonical[one] for one in targets if one in canonical and canonical[one] not in keys]
         else:
             assemblies.update({canonical[one]: assembly for one, assembly in made.items()})
-    return keys, assemblies, unclaimed
+    return keys, assemblies, unmade, unclaimed
 
 
 def _made(
@@ -218,15 +228,15 @@ def _made(
     name: str,
     converter: Any,
     patterns: Mapping[str, list[str]],
-) -> dict[str, Assembly] | None:
-    """The parameters that a conversion makes; None where there is no way back from them to the files.
+) -> tuple[list[str], dict[str, Assembly] | None]:
+    """The names that a conversion makes, and the parameters; None where there is no way back from them to the files.
 
     Raises:
         CheckpointError: tensors that do not make up the model's parameters.
     """
     found = next((target for target in converter.target_patterns if target in name), None)
     if found is None:
-        return None
+        return [name], None
 
     def full(target: str) -> str:
         return name.replace(found, target, 1)
@@ -234,13 +244,14 @@ def _made(
     def wanted(target: str) -> torch.Size:
         return shapes[full(target)]
 
+    names = [full(target) for target in converter.target_patterns]
     tensors = {
         pattern: [Assembly.of(key, checkpoint.entry(key).shape) for key in keys] for pattern, keys in patterns.items()
     }
     try:
         made = {full(target): assembly for target, assembly in converted(converter, tensors, wanted).items()}
     except (NoWayBackError, KeyError):
-        return None
+        return names, None
     except (ValueError, IndexError) as error:
         raise CheckpointError(f"{checkpoint.folder}: {name}: the files' tensors do not make it up: {error}") from error
     for one, assembly in made.items():
@@ -250,8 +261,8 @@ def _made(
                 f"{checkpoint.folder}: {one}: the model wants {want}, the files' tensors make up {got}"
             )
     if any(dtype_of(checkpoint, assembly) is None or not assembly.shape for assembly in made.values()):
-        return None
-    return made
+        return names, None
+    return names, made
 
 
 def _first_names(model: nn.Module) -> dict[str, str]:
