@@ -57,8 +57,17 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("make", [mixtral, qwen_moe])
+QUICK = {(mixtral, "magnitude"), (mixtral, "wanda"), (mixtral, "phew"), (qwen_moe, "synflow"), (qwen_moe, "wanda")}
+
+
+@pytest.mark.parametrize(
+    ("make", "method"),
+    [
+        pytest.param(make, method, marks=() if (make, method) in QUICK else pytest.mark.slow)
+        for make in (mixtral, qwen_moe)
+        for method in METHODS
+    ],
+)
 def test_from_file_to_file_as_in_memory(tmp_path, make, method):
     kind, options = METHODS[method]
     pruner, options = kind(), {"density": 0.3, **options}
@@ -247,7 +256,7 @@ def test_what_has_no_way_back_is_copied_and_said(tmp_path, monkeypatch):
     assert "the model has no such parameter or converts them" in made.notes()[0]
     assert not any("experts" in name for name in made.masks)
     for pruner in (SynFlow(), words()):
-        with pytest.raises(CheckpointError, match=r"converts .* no way back for: model.layers.0.mlp.experts.*gate_up"):
+        with pytest.raises(CheckpointError, match=r"converts .* no way back, for model.layers.0.mlp.experts.*gate_up"):
             prune_checkpoint(folder, pruner, tmp_path / "other", density=0.5)
     assert not (tmp_path / ".other.partial").exists()
 
@@ -295,7 +304,9 @@ def test_what_is_laid_out_is_gone_when_shards_are_written(whole, tmp_path, monke
     assert seen == [False, False]
 
 
-@pytest.mark.parametrize("method", ["magnitude", "synflow", "wanda"])
+@pytest.mark.parametrize(
+    "method", ["magnitude", *(pytest.param(m, marks=pytest.mark.slow) for m in ("synflow", "wanda"))]
+)
 def test_mapped_memory_is_bounded(tmp_path, monkeypatch, method):
     """Whenever a weight has been read, no more file pages are mapped than the budget and that weight."""
     status = Path("/proc/self/status")

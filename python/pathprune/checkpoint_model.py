@@ -87,8 +87,8 @@ class CheckpointModel:
     def _check_whole(self) -> None:
         if self.unmade:
             raise CheckpointError(
-                f"{self.checkpoint.folder}: transformers converts the files' tensors in a way that there is no way back "
-                f"for: {some(self.unmade)}"
+                f"{self.checkpoint.folder}: transformers converts the files' tensors in a way that has no way back, "
+                f"for {some(self.unmade)}"
             )
         if self.absent:
             raise CheckpointError(f"{self.checkpoint.folder}: no file has {some(self.absent)}")

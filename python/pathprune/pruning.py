@@ -166,7 +166,7 @@ def prune(
 
 def _keep(savepoints: Savepoints, rounds: Sequence[Round], weights: Sequence[Weight]) -> None:
     """Keeps what the rounds so far have left, if it is time."""
-    if rounds and savepoints.is_due():
+    if savepoints.is_due(len(rounds)):
         savepoints.keep(rounds, {weight.name: weight.packed_bits(copy=False) for weight in weights})
 
 

@@ -41,6 +41,7 @@ class Savepoints:
     def __init__(self, folder: RestartableFolder) -> None:
         self._folder = folder
         self._next = time.monotonic() + EVERY
+        self._kept = 0  # rounds
 
     def _names(self) -> list[str]:
         return [name for name in self._folder.finished_files() if name.startswith(_PREFIX)]
@@ -53,12 +54,13 @@ class Savepoints:
                 if all(key in weights and masks.packed(key)[1] == weights[key].shape for key in masks):
                     for key in masks:
                         _put(weights[key], masks.packed(key)[0])
+                    self._kept = len(masks.metadata["rounds"])
                     return [_round(found) for found in masks.metadata["rounds"]]
         return []
 
-    def is_due(self) -> bool:
-        """Whether it is time to keep what there is."""
-        return time.monotonic() >= self._next
+    def is_due(self, rounds: int) -> bool:
+        """Whether it is time to keep what so many rounds have made, and it is not kept already."""
+        return rounds > self._kept and time.monotonic() >= self._next
 
     def keep(self, rounds: Sequence[Round], bits: Layers) -> None:
         """Keeps the masks that these rounds have made, in place of those kept before.
@@ -70,7 +72,7 @@ class Savepoints:
         before, name = self._names(), f"{_PREFIX}{len(rounds)}"
         self._folder.write(name, mask_chunks(bits, {"rounds": [_record(done) for done in rounds]}))
         self._folder.discard(*(other for other in before if other != name))
-        ended = time.monotonic()
+        self._kept, ended = len(rounds), time.monotonic()
         self._next = ended + max(EVERY, (ended - began) / SHARE if SHARE else 0.0)
 
     def discard(self) -> None:
