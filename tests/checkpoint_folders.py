@@ -94,6 +94,16 @@ def convnext() -> nn.Module:
     return ConvNextForImageClassification(config).eval()
 
 
+def dinov2() -> nn.Module:
+    """Gate and up projections, and their biases, that are one tensor in the files."""
+    from transformers import Dinov2Config, Dinov2ForImageClassification
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "image_size": 32, "patch_size": 16}
+    config = Dinov2Config(**sizes, use_swiglu_ffn=True, num_labels=5)
+    return Dinov2ForImageClassification(config).eval()
+
+
 def save(model: nn.Module, folder: Path, shard: str = "20KB") -> Path:
     """The model in a folder, in shards of about that size."""
     model.save_pretrained(folder, max_shard_size=shard)

@@ -224,6 +224,8 @@ def test_experts_are_claimed_without_values_unless_they_are_laid_out(tmp_path):
     opened = open_model(Checkpoint(folder))
     assert not opened.unclaimed
     assert sorted(opened.assemblies) == sorted(opened.absent) and len(opened.absent) == 2
+    own = dict(opened.model.named_parameters())
+    assert all(own[name].untyped_storage().nbytes() == 4 for name in opened.absent)
     with pytest.raises(CheckpointError, match=r"no file has the model's weights model.layers.0.mlp.experts"):
         opened.layers()
     with pytest.raises(CheckpointError, match=r"no file has model.layers.0.mlp.experts"):

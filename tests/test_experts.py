@@ -119,6 +119,43 @@ def test_the_model_is_the_one_transformers_loads(tmp_path, make):
             assert torch.equal(opened.model(**WORDS[0]).logits, loaded(**WORDS[0]).logits)
 
 
+ROUTED = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 24, "first_k_dense_replace": 1}
+LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+FAMILIES = {
+    "Olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "Qwen3Moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8},
+    "DeepseekV3": {**ROUTED, **LATENT, "num_experts_per_tok": 2, "num_key_value_heads": 4},
+    "Glm4Moe": {**ROUTED, "head_dim": 8, "num_experts_per_tok": 2},
+    "Phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "GraniteMoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "GptOss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "pad_token_id": 0},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pruner", [Magnitude(), words()], ids=["magnitude", "wanda"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_of_mixtures(tmp_path, family, pruner):
+    transformers = pytest.importorskip("transformers")
+    if not hasattr(transformers, f"{family}ForCausalLM"):
+        pytest.skip(f"transformers {transformers.__version__} has no {family}")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = getattr(transformers, f"{family}Config")(**{**sizes, **heads, **FAMILIES[family]})
+    folder = save(getattr(transformers, f"{family}ForCausalLM")(config).eval(), tmp_path / "model")
+    made = prune_checkpoint(folder, pruner, tmp_path / "out", density=0.3, budget=0)
+    kind = getattr(transformers, f"{family}ForCausalLM")
+    loaded = kind.from_pretrained(folder)
+    masks = prune(loaded, pruner, density=0.3)
+    assert made.masks == masks and not made.unpruned
+    assert any("experts" in name for name in masks)
+    masks.apply_(loaded)
+    pruned = kind.from_pretrained(made.folder)
+    assert all(torch.equal(value, pruned.state_dict()[name]) for name, value in loaded.state_dict().items())
+    assert tensors(made.folder).keys() == tensors(folder).keys()
+
+
 # ----------------------------------------------------------------------------------------------- in memory
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from checkpoint_folders import contents, convnext, gpt2, llama, resnet, rewrite, save, tensors
+from checkpoint_folders import contents, convnext, dinov2, gpt2, llama, resnet, rewrite, save, tensors
 from pathprune import (
     PHEW,
     SNIP,
@@ -71,6 +71,17 @@ def test_methods_on_an_image_model(tmp_path, case):
     masks = prune(loaded, pruner, density=0.2, example_input=IMAGE, seed=3, compact=False)
     assert_same_as_in_memory(model, folder, made, masks)
     assert contents(folder) == before
+
+
+def test_tensors_that_are_split_on_loading(tmp_path):
+    model = dinov2()
+    folder = save(model, tmp_path / "model")
+    made = prune_checkpoint(folder, Magnitude(), tmp_path / "out", density=0.3)
+    masks = prune(layer_network(type(model).from_pretrained(folder)), Magnitude(), density=0.3)
+    assert_same_as_in_memory(model, folder, made, masks)
+    assert not made.unpruned
+    whole, halves = [name for name in tensors(folder) if name.endswith("weights_in.weight")], ("gate_proj", "up_proj")
+    assert len(whole) == 2 and sum(name.endswith(f"mlp.{half}.weight") for name in masks for half in halves) == 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])

@@ -21,6 +21,8 @@ from pathprune import (
     SynFlowL2,
     TraceSaliency,
     Wanda,
+    assembly,
+    checkpoint_pruning,
     prune,
     prune_checkpoint,
     savepoints,
@@ -106,6 +108,29 @@ def test_killed_at_random_steps(tmp_path, always, make):
     assert kills >= 2
     assert contents(tmp_path / "out") == expected
     assert contents(folder) == before
+
+
+def test_killed_while_laying_out_and_after(tmp_path, monkeypatch):
+    """What is laid out in part is laid out again; what is whole, and the same, is not."""
+    folder = save(mixtral(), tmp_path / "model")
+    expected = contents(prune_checkpoint(folder, Magnitude(), tmp_path / "whole", density=0.1).folder)
+    monkeypatch.setattr(assembly, "PIECE_BYTES", 4096)  # 36 KB in a dozen pieces
+
+    def run():
+        return prune_checkpoint(folder, Magnitude(), tmp_path / "out", density=0.1)
+
+    laid_out = tmp_path / ".out.partial" / ".assembled"
+    for count in (4, 9, 14):
+        assert killed_at(count, run)
+        assert not laid_out.exists()
+    count = 18
+    while not laid_out.exists():
+        assert killed_at(count, run)
+        count += 1
+    assert in_child(lambda: (dies_at(0), run()))
+    monkeypatch.setattr(checkpoint_pruning, "laid_out", lambda *arguments: pytest.fail("laid out again"))
+    assert contents(run().folder) == expected
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out", "whole"]
 
 
 def test_only_the_rest_is_done(tmp_path, always, monkeypatch):

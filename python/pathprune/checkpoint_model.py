@@ -331,7 +331,8 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], parameters: dict[str, nn
     """Puts values in place of the meta parameters, so that the model can run.
 
     They are windows, and copies in the commonest dtype where the files' dtypes are mixed (an exported graph, and most
-    models, want one); buffers that are not in the files stay what the structure made them. What no file has is zero.
+    models, want one); buffers that are not in the files stay what the structure made them. What no file has is zero,
+    in the memory of one number.
     """
     sizes: Counter[torch.dtype] = Counter()
     for name in parameters:
@@ -341,7 +342,7 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], parameters: dict[str, nn
 
     def uniform(name: str, own: Tensor) -> Tensor:
         if name not in tensors:
-            return torch.zeros(own.shape, dtype=common if own.is_floating_point() else own.dtype)
+            return torch.zeros((), dtype=common if own.is_floating_point() else own.dtype).expand(own.shape)
         value = tensors[name]
         return value.to(common) if name in files and value.is_floating_point() else value
 

@@ -4,8 +4,11 @@ Weights are scored where they lie on the disk (:mod:`checkpoint_model`) by the s
 masks are the same bit for bit. In memory at one time: one weight or the budget of :mod:`residency`, the flows, the
 masks at one bit a weight, and pieces of a few MB.
 
+Parameters that loading makes of several file tensors are laid out beside the result while they are scored
+(:mod:`assembly`); rounds are kept as they are done (:mod:`savepoints`).
+
 Bytes: each sweep of the method reads the weights once; then each shard is read and written once, and the masks'
-``base_hash`` reads the pruned weights once more.
+``base_hash`` reads the pruned weights once more. What is laid out is read and written once before.
 Oracle: the same pruning in memory.
 """
 
@@ -93,9 +96,9 @@ def prune_checkpoint(
 
     Shards of the same names, the masks (``masks.safetensors``), the other files of the folder and a marker with the
     checksums of all (``pathprune.json``) appear in ``out`` at once, when everything is written. Killed on the way, the
-    same call goes on and gives the same bytes: shards that are written stay, and masks once found; a method that was
-    still scoring begins again. The input must not change meanwhile: that is checked, but a shard cut short while it is
-    mapped ends the process.
+    same call goes on and gives the same bytes: shards that are written stay, and masks once found; scoring goes on with
+    the round that was kept last (walks begin again). The input must not change meanwhile: that is checked, but a shard
+    cut short while it is mapped ends the process.
 
     Args:
         folder: ``config.json`` and safetensors weights; see :class:`Checkpoint`.
