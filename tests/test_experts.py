@@ -27,6 +27,7 @@ from pathprune import (
     prune_checkpoint,
 )
 from pathprune.checkpoint_model import open_model
+from pathprune.expert_inputs import ExpertInputs
 from pathprune.residency import Residency
 
 pytest.importorskip("transformers")
@@ -57,7 +58,7 @@ METHODS = {
 }
 
 
-QUICK = {(mixtral, "magnitude"), (mixtral, "wanda"), (mixtral, "phew"), (qwen_moe, "synflow"), (qwen_moe, "wanda")}
+QUICK = {(mixtral, "magnitude"), (mixtral, "wanda"), (qwen_moe, "synflow"), (qwen_moe, "wanda")}
 
 
 @pytest.mark.parametrize(
@@ -257,6 +258,25 @@ def test_experts_used_otherwise_are_refused():
     experts.forward = lambda rows, chosen, shares: rows
     with pytest.raises(ValueError, match=r"Wanda: data: '.*experts.gate_up_proj' was not run by any batch"):
         prune(model, Wanda(WORDS), density=0.5)
+
+
+def test_products_by_any_name_are_seen():
+    """Positional or named, by linear or matmul, of a matrix or its transpose; others are let through."""
+    parameter, x, other = torch.randn(3, 4, 5), torch.randn(2, 5), torch.randn(5, 4)
+    seen = []
+    with ExpertInputs({"w": parameter}, lambda name, expert, rows: seen.append((name, expert, rows)), "Wanda"):
+        F.linear(x, parameter[0])
+        F.linear(input=x, weight=parameter[1])
+        torch.matmul(x, parameter[2].T)
+        torch.matmul(x, other=parameter[2].mT)
+        torch.mm(x, parameter[1].T)
+        x @ parameter[0].T
+        x @ other
+        x.matmul(other.to_sparse())
+    assert [(name, expert) for name, expert, _ in seen] == [("w", k) for k in (0, 1, 2, 2, 1, 0)]
+    assert all(torch.equal(rows, x) for _, _, rows in seen)
+    with pytest.raises(ValueError, match=r"Wanda: 'w': wanted experts in memory, got them offloaded; exclude it"):
+        ExpertInputs({"w": parameter.to("meta")}, lambda *arguments: None, "Wanda")
 
 
 # ------------------------------------------------------------------------------------------------- refusals

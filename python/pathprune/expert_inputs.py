@@ -20,7 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-_BY_MATRIX = {F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm}
+_MATRIX = {  # products of rows with a matrix -> the matrix's name among the arguments; it is the second of them
+    F.linear: "weight",
+    torch.matmul: "other",
+    Tensor.matmul: "other",
+    Tensor.__matmul__: "other",
+    torch.mm: "mat2",
+    Tensor.mm: "mat2",
+}
 
 
 class ExpertInputs(TorchFunctionMode):
@@ -32,21 +39,28 @@ class ExpertInputs(TorchFunctionMode):
         who: for messages.
 
     Raises:
-        ValueError: a product with a part of an expert's matrix.
+        ValueError: a product with a part of an expert's matrix; parameters on the meta device.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], seen: Callable[[str, int, Tensor], None], who: str) -> None:
         super().__init__()
+        for name, parameter in parameters.items():
+            if parameter.is_meta:
+                raise ValueError(f"{who}: '{name}': wanted experts in memory, got them offloaded; exclude it")
         self._seen, self._who = seen, who
         self._known = sorted((p.data_ptr(), name, p) for name, p in parameters.items())
         self._begins = [begin for begin, _, _ in self._known]
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function in _BY_MATRIX and len(args) >= 2:
-            self._look(function, args[0], args[1])
-        return function(*args, **(kwargs or {}))
+        named = kwargs or {}
+        if function in _MATRIX:
+            x = args[0] if args else named["input"]
+            matrix = args[1] if len(args) > 1 else named[_MATRIX[function]]
+            if isinstance(matrix, Tensor) and matrix.layout is torch.strided:
+                self._look(x, matrix)
+        return function(*args, **named)
 
-    def _look(self, function: Any, x: Tensor, matrix: Tensor) -> None:
+    def _look(self, x: Tensor, matrix: Tensor) -> None:
         place = bisect.bisect_right(self._begins, matrix.data_ptr()) - 1
         if place < 0:
             return

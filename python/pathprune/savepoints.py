@@ -81,10 +81,12 @@ class Savepoints:
 
 
 def _put(weight: Weight, bits: torch.Tensor) -> None:
+    assert weight.dense is not None
+    device = weight.dense.device
     if weight.columns % 16 == 0:  # words of rows are the bits as they are
-        weight.set_words(bits.view(torch.int16).reshape(*weight.rows[:2], -1))
+        weight.set_words(bits.to(device).view(torch.int16).reshape(*weight.rows[:2], -1))
     else:
-        weight.set_mask(unpack_mask(bits, weight.shape))
+        weight.set_mask(unpack_mask(bits, weight.shape, device))
 
 
 def _record(done: Round) -> list[object]:
