@@ -1,8 +1,9 @@
-"""From file to file: peak memory and time of ``prune_checkpoint`` on a synthetic Llama, against reading it once.
+"""From file to file: peak memory and time of ``prune_checkpoint`` on a synthetic Llama or Mixtral.
 
     python benchmarks/large.py --shape 1.1b [--method magnitude] [--scope global] [--folder KEPT]
 
-A fresh process prunes. Its peak resident memory counts file pages too, so the weights it has mapped are in it.
+A fresh process prunes; its time is compared with reading and with copying the files. Its peak resident memory counts
+file pages too, so the weights it has mapped are in it.
 "beyond the start" is the peak less what Python, torch and transformers had when the work began; "beyond the shard" the
 peak less the largest shard. The masks are checked against a count made from the files afterwards.
 
@@ -89,13 +90,24 @@ def child(folder: Path, out: Path, method: str, scope: str, budget: int) -> dict
     return {**facts, "read_once": reading, "copy_once": copy_once(folder, out.with_name(out.name + "-copy"))}
 
 
+def mask_of(masks: Masks, name: str) -> torch.Tensor | None:
+    """The mask of a file tensor; of an expert, its part of the mask of all: gate rows (w1), then up rows (w3)."""
+    layer, _, expert = name.partition(".block_sparse_moe.experts.")
+    if not expert:
+        return masks.get(name)
+    k, which, _ = expert.split(".")
+    if which == "w2":
+        return masks[f"{layer}.mlp.experts.down_proj"][int(k)]
+    return masks[f"{layer}.mlp.experts.gate_up_proj"][int(k)].chunk(2)[which == "w3"]
+
+
 def check(folder: Path, out: Path) -> None:
     """Weights that stay are the file's own, the others zero; per tensor, from the files."""
     masks = Masks.load(out / "masks.safetensors")
     for path in sorted(folder.glob("model*.safetensors")):
         before, after = Shard(path), Shard(out / path.name)
         for name in before.entries:
-            kept = masks.get(name)
+            kept = mask_of(masks, name)
             weight, pruned = before.tensor(name).view(torch.int16), after.tensor(name).view(torch.int16)
             expected = weight if kept is None else weight * kept
             if not torch.equal(pruned, expected):

@@ -1,4 +1,4 @@
-"""Makes a Hugging Face folder of Llama's shape with random weights whose statistics are like a trained model's.
+"""Makes a Hugging Face folder of Llama's or Mixtral's shape, its random weights with statistics of a trained model.
 
 Weights of a layer are Gaussian times a log-normal scale for each output and each input (a few inputs ten times larger),
 about 1 / sqrt(fan in) in all. Shards are streamed: memory stays at a few tens of MB whatever the size.
@@ -25,7 +25,7 @@ ROWS_AT_ONCE = 1 << 22  # weights in one piece
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a Llama."""
+    """The sizes of a Llama; with experts, of a Mixtral, each of them of its own in the files."""
 
     hidden: int
     intermediate: int
@@ -33,6 +33,7 @@ class Shape:
     heads: int
     kv_heads: int
     vocabulary: int
+    experts: int = 0
 
 
 SHAPES = {
@@ -40,23 +41,30 @@ SHAPES = {
     "0.3b": Shape(1024, 2816, 20, 16, 4, 32000),
     "1.1b": Shape(2048, 5632, 22, 32, 4, 32000),
     "7b": Shape(4096, 11008, 32, 32, 32, 32000),
+    "tiny-experts": Shape(64, 176, 2, 4, 2, 256, 4),
+    "1b-experts": Shape(1024, 2816, 13, 16, 4, 32000, 8),
 }
 
 
 def tensors_of(shape: Shape) -> dict[str, tuple[int, ...]]:
-    """Name -> sizes, as ``LlamaForCausalLM`` has them."""
+    """Name -> sizes, as files of ``LlamaForCausalLM`` or ``MixtralForCausalLM`` have them."""
     head = shape.hidden // shape.heads
     matrices = {
         "self_attn.q_proj": (shape.hidden, shape.hidden),
         "self_attn.k_proj": (head * shape.kv_heads, shape.hidden),
         "self_attn.v_proj": (head * shape.kv_heads, shape.hidden),
         "self_attn.o_proj": (shape.hidden, shape.hidden),
-        "mlp.gate_proj": (shape.intermediate, shape.hidden),
-        "mlp.up_proj": (shape.intermediate, shape.hidden),
-        "mlp.down_proj": (shape.hidden, shape.intermediate),
         "input_layernorm": (shape.hidden,),
         "post_attention_layernorm": (shape.hidden,),
     }
+    inward, outward = (shape.intermediate, shape.hidden), (shape.hidden, shape.intermediate)
+    if shape.experts:
+        matrices["block_sparse_moe.gate"] = (shape.experts, shape.hidden)
+        for k in range(shape.experts):
+            matrices |= {f"block_sparse_moe.experts.{k}.{name}": inward for name in ("w1", "w3")}
+            matrices[f"block_sparse_moe.experts.{k}.w2"] = outward
+    else:
+        matrices |= {"mlp.gate_proj": inward, "mlp.up_proj": inward, "mlp.down_proj": outward}
     found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (shape.vocabulary, shape.hidden)}
     for layer in range(shape.layers):
         found |= {f"model.layers.{layer}.{name}.weight": sizes for name, sizes in matrices.items()}
@@ -99,8 +107,8 @@ def write(folder: Path, shape: Shape, shard_bytes: int = 500_000_000, seed: int 
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
     config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": ["MixtralForCausalLM" if shape.experts else "LlamaForCausalLM"],
+        "model_type": "mixtral" if shape.experts else "llama",
         "hidden_size": shape.hidden,
         "intermediate_size": shape.intermediate,
         "num_hidden_layers": shape.layers,
@@ -110,6 +118,8 @@ def write(folder: Path, shape: Shape, shard_bytes: int = 500_000_000, seed: int 
         "tie_word_embeddings": False,
         "dtype": "bfloat16",
     }
+    if shape.experts:
+        config["num_local_experts"] = shape.experts
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     return total
 

@@ -299,12 +299,13 @@ def checkpoints() -> str:
     """Peak memory and time of pruning from file to file."""
     found = json.loads((RESULTS / "large.amd-epyc-2-cores.json").read_text())
     rows = []
-    for row in sorted(found["results"], key=lambda row: (row["method"], row["scope"])):
+    for row in sorted(found["results"], key=lambda row: (row["shape"], row["method"], row["scope"])):
         scope = "" if row["scope"] == "global" else f", {row['scope']}"
+        model = "a Mixtral of 1 B, " if row["shape"] == "1b-experts" else ""
         beyond = row["peak"] - row["start"]
         rows.append(
-            [f"{row['method']}{scope}", megabytes(row["peak"]), megabytes(beyond), megabytes(row["beyond_shard"]),
-             span(row["seconds"]), times(row["over_copying_once"])]
+            [f"{model}{row['method']}{scope}", megabytes(row["peak"]), megabytes(beyond),
+             megabytes(row["beyond_shard"]), span(row["seconds"]), times(row["over_copying_once"])]
         )  # fmt: skip
     head = ["1.1 B Llama from file to file", "peak", "beyond Python and torch", "beyond the largest shard", "time"]
     about = Suite({**found["machine"], "benchmark": "large", "results": []})

@@ -51,6 +51,28 @@ def mixtral() -> nn.Module:
     return MixtralForCausalLM(MixtralConfig(vocab_size=64, num_key_value_heads=2, num_local_experts=2, **sizes)).eval()
 
 
+def qwen_moe() -> nn.Module:
+    """Experts beside a shared expert, layers of both kinds; names of the files are the model's but for the experts."""
+    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 40, "moe_intermediate_size": 24, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "mlp_only_layers": [1]}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "shared_expert_intermediate_size": 16}
+    return Qwen2MoeForCausalLM(Qwen2MoeConfig(vocab_size=64, **sizes, **heads, **experts)).eval()
+
+
+def gpt_oss() -> nn.Module:
+    """Experts whose matrices are [in, out], with biases; in the files as in the model."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 1, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    return GptOssForCausalLM(GptOssConfig(vocab_size=64, pad_token_id=0, **sizes, **heads, **experts)).eval()
+
+
 def resnet() -> nn.Module:
     """A ResNet with batch norms whose statistics are not those of a fresh one."""
     from transformers import ResNetConfig, ResNetForImageClassification
@@ -70,6 +92,16 @@ def convnext() -> nn.Module:
     torch.manual_seed(0)
     config = ConvNextConfig(hidden_sizes=[8, 16, 32, 32], depths=[1, 1, 1, 1], num_labels=5)
     return ConvNextForImageClassification(config).eval()
+
+
+def dinov2() -> nn.Module:
+    """Gate and up projections, and their biases, that are one tensor in the files."""
+    from transformers import Dinov2Config, Dinov2ForImageClassification
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "image_size": 32, "patch_size": 16}
+    config = Dinov2Config(**sizes, use_swiglu_ffn=True, num_labels=5)
+    return Dinov2ForImageClassification(config).eval()
 
 
 def save(model: nn.Module, folder: Path, shard: str = "20KB") -> Path:

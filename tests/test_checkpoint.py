@@ -219,14 +219,15 @@ def test_names_without_the_base_models_prefix(tmp_path):
     assert not opened.absent and not opened.unclaimed
 
 
-def test_experts_that_are_fused_on_loading_are_not_claimed(tmp_path):
+def test_experts_are_claimed_without_values_unless_they_are_laid_out(tmp_path):
     folder = save(mixtral(), tmp_path / "mixtral")
     opened = open_model(Checkpoint(folder))
-    assert opened.unclaimed and all(".experts." in name for name in opened.unclaimed)
-    assert opened.absent and all(".experts." in name for name in opened.absent)
-    assert not any("experts" in name for name in opened.layers().prunable)
-    with pytest.raises(CheckpointError, match=r"no file has model.layers.0.mlp.experts"):
-        opened.layers(runs=True)
+    assert not opened.unclaimed
+    assert sorted(opened.assemblies) == sorted(opened.absent) and len(opened.absent) == 2
+    own = dict(opened.model.named_parameters())
+    assert all(own[name].untyped_storage().nbytes() == 4 for name in opened.absent)
+    with pytest.raises(CheckpointError, match=r"no file has the model's weights model.layers.0.mlp.experts"):
+        opened.layers()
     with pytest.raises(CheckpointError, match=r"no file has model.layers.0.mlp.experts"):
         opened.paths({"input_ids": torch.zeros(1, 4, dtype=torch.int64)})
 

@@ -14,13 +14,12 @@ import time
 import pytest
 
 from checkpoint_folders import contents, llama, save
-from pathprune import CheckpointError, Magnitude, _mask_io, prune_checkpoint, restartable
+from kills import killed_at
+from pathprune import CheckpointError, Magnitude, _mask_io, prune_checkpoint
 from pathprune.checkpoint import verify
 from pathprune.restartable import RestartableFolder
 
 pytest.importorskip("transformers")
-
-EVENTS = ("fsync", "replace", "unlink", "mkdir")  # what changes the disk, besides writing
 
 
 @pytest.fixture(scope="module")
@@ -38,42 +37,6 @@ def pruned(folder, out, **options):
     return prune_checkpoint(folder, Magnitude(), out, **{"density": 0.5, **options})
 
 
-def killed_at(count: int, whole, out) -> bool:
-    """Prunes in a child process that is killed when it is about to do its ``count``-th write, sync or rename."""
-    child = os.fork()
-    if child == 0:
-        left = count
-
-        def step() -> None:
-            nonlocal left
-            left -= 1
-            if left < 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        def watched(function):
-            def run(*arguments, **named):
-                step()
-                return function(*arguments, **named)
-
-            return run
-
-        try:
-            for name in EVENTS:
-                setattr(os, name, watched(getattr(os, name)))
-            hashed = restartable._hashed
-
-            def chunks(pieces, facts):
-                for piece in hashed(pieces, facts):
-                    step()
-                    yield piece
-
-            restartable._hashed = chunks
-            pruned(whole, out)
-        finally:
-            os._exit(0)
-    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
-
-
 def test_a_run_is_repeatable(whole, expected, tmp_path):
     assert contents(pruned(whole, tmp_path / "out", budget=0).folder) == expected
 
@@ -85,7 +48,7 @@ def test_killed_at_any_step(whole, expected, tmp_path):
     while True:
         out = tmp_path / str(count) / "out"
         out.parent.mkdir()
-        if not killed_at(count, whole, out):
+        if not killed_at(count, lambda out=out: pruned(whole, out)):
             break
         kills += 1
         if out.exists():
@@ -101,7 +64,7 @@ def test_killed_again_and_again(whole, expected, tmp_path):
     """Each attempt is killed after a few steps; what is finished stays finished, so that it ends."""
     generator = random.Random(0)
     attempts = 0
-    while killed_at(generator.randrange(20, 60), whole, tmp_path / "out"):
+    while killed_at(generator.randrange(20, 60), lambda: pruned(whole, tmp_path / "out")):
         attempts += 1
         assert attempts < 40
     assert attempts >= 2
@@ -109,7 +72,7 @@ def test_killed_again_and_again(whole, expected, tmp_path):
 
 
 def test_finished_shards_are_not_written_again(whole, expected, tmp_path):
-    killed_at(70, whole, tmp_path / "out")
+    killed_at(70, lambda: pruned(whole, tmp_path / "out"))
     partial = tmp_path / ".out.partial"
     done = {path.name: path.stat().st_mtime_ns for path in partial.glob("model-*")}
     assert done
@@ -119,7 +82,7 @@ def test_finished_shards_are_not_written_again(whole, expected, tmp_path):
 
 
 def test_a_finished_shard_that_was_damaged_is_made_again(whole, expected, tmp_path):
-    killed_at(70, whole, tmp_path / "out")
+    killed_at(70, lambda: pruned(whole, tmp_path / "out"))
     for path in (tmp_path / ".out.partial").glob("m*.safetensors"):
         data = bytearray(path.read_bytes())
         data[-1] ^= 1
@@ -128,13 +91,13 @@ def test_a_finished_shard_that_was_damaged_is_made_again(whole, expected, tmp_pa
 
 
 def test_a_journal_that_was_damaged_begins_anew(whole, expected, tmp_path):
-    killed_at(70, whole, tmp_path / "out")
+    killed_at(70, lambda: pruned(whole, tmp_path / "out"))
     (tmp_path / ".out.partial" / "pathprune.json").write_text("{")
     assert contents(pruned(whole, tmp_path / "out").folder) == expected
 
 
 def test_other_arguments_do_not_go_on(whole, tmp_path):
-    killed_at(70, whole, tmp_path / "out")
+    killed_at(70, lambda: pruned(whole, tmp_path / "out"))
     partial = contents(tmp_path / ".out.partial")
     with pytest.raises(CheckpointError, match=r"left of a run with other arguments \(density was 0.5, now 0.4\)"):
         pruned(whole, tmp_path / "out", density=0.4)
@@ -145,7 +108,7 @@ def test_a_source_that_has_changed_does_not_go_on(whole, tmp_path):
     import shutil
 
     folder = shutil.copytree(whole, tmp_path / "llama")
-    killed_at(70, folder, tmp_path / "out")
+    killed_at(70, lambda: pruned(folder, tmp_path / "out"))
     shard = sorted(folder.glob("model-*"))[0]
     os.utime(shard, ns=(0, 0))
     with pytest.raises(CheckpointError, match=r"left of a run with other arguments \(source was"):

@@ -242,6 +242,11 @@ def write_masks(path: str | os.PathLike[str], layers: Layers, metadata: dict[str
     The format's few bytes of framing are written here so that the bits stream from where they are, that a
     full disk is an OSError, and that the file is synced before it takes the place of the old one.
     """
+    write_atomically(path, mask_chunks(layers, metadata))
+
+
+def mask_chunks(layers: Layers, metadata: dict[str, Any]) -> list[Any]:
+    """The contents of a mask file, as objects with the buffer interface."""
     text = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -250,7 +255,7 @@ def write_masks(path: str | os.PathLike[str], layers: Layers, metadata: dict[str
     }
     bits = {name: packed for name, (packed, _) in layers.items()}
     if "__metadata__" in bits:
-        raise ValueError("write_masks: '__metadata__' is safetensors' own and cannot name a weight")
+        raise ValueError("masks: '__metadata__' is safetensors' own and cannot name a weight")
     header: dict[str, Any] = {"__metadata__": text | {"checksum": _checksum(text, bits)}}
     offset = 0
     for name, packed in bits.items():
@@ -259,8 +264,7 @@ def write_masks(path: str | os.PathLike[str], layers: Layers, metadata: dict[str
         offset = end
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)
-    frame = [len(head).to_bytes(8, "little"), head]
-    write_atomically(path, [*frame, *(packed.numpy().data for packed in bits.values())])
+    return [len(head).to_bytes(8, "little"), head, *(packed.numpy().data for packed in bits.values())]
 
 
 def read_masks(path: str | os.PathLike[str]) -> tuple[Layers, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""How large the inputs of a model's layers are on data: ``||x_j||_2`` for every input of every layer.
+"""How large the inputs of a model's layers are on data: ``||x_j||_2`` for every input of every layer and expert.
 
 Sums of squares are taken some tokens at a time in the accumulate type and added up in float64, so that neither the
 length of a sample nor their number is ever held. Only what enters a layer is looked at, never its weights.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 
 from .batches import Batch
 from .checks import accumulate_dtype
-from .layers import is_transposed, modules_of
+from .expert_inputs import ExpertInputs, one_by_one
+from .layers import is_experts, is_transposed, modules_of
 
 _TOKENS = 4096  # rows squared at once
 
@@ -52,17 +54,22 @@ class InputSquares:
                 kind = "transposed" if module.transposed else f"padded by '{module.padding_mode}'"
                 raise ValueError(f"{who}: '{name}': wanted a linear layer or a convolution, got one {kind}; exclude it")
         self.paused = False
-        self.sums: dict[str, Tensor] = {}  # name -> float64 [K], or of a convolution [groups, K]
+        self.sums: dict[str, Tensor] = {}  # name -> float64 [K]; of a convolution [groups, K], of experts [experts, K]
+        self._reached: dict[str, Tensor] = {}  # name -> bool [experts]: those that were given tokens
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """While within, the model's runs are counted."""
         handles = []
+        experts = {name: modules for name, modules in self._modules.items() if is_experts(modules[0])}
+        matrices = {name: _weight(modules[0], name) for name, modules in experts.items()}
         try:
             for name, modules in self._modules.items():
                 for module in modules:
-                    handles.append(module.register_forward_hook(self._observer(name)))
-            yield
+                    observer = self._run_through(name) if name in experts else self._observer(name)
+                    handles.append(module.register_forward_hook(observer))
+            with one_by_one(chain(*experts.values())), ExpertInputs(matrices, self._add_rows, self.who):
+                yield
         finally:
             for handle in handles:
                 handle.remove()
@@ -87,8 +94,23 @@ class InputSquares:
 
         return observe
 
+    def _run_through(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+        return lambda module, inputs, output: self._used(name)
+
+    def _add_rows(self, name: str, expert: int, rows: Tensor) -> None:
+        if self.paused or len(rows) == 0:
+            return
+        if name not in self.sums:
+            count = len(_weight(self._modules[name][0], name))
+            self.sums[name] = torch.zeros(count, rows.shape[1], dtype=torch.float64, device=rows.device)
+            self._reached[name] = torch.zeros(count, dtype=torch.bool)
+        self.sums[name][expert] += _of_rows(rows)
+        self._reached[name][expert] = True
+
     def norms(self) -> dict[str, Tensor]:
-        """name -> ``||x_j||_2`` in float64, [K] or [groups, K].
+        """name -> ``||x_j||_2`` in float64, [K], [groups, K] or [experts, K].
+
+        An expert that no token reached has the same number for every column: the root mean square of the others'.
 
         Raises:
             ValueError: a layer that no batch has run, or whose inputs were NaN or infinite.
@@ -98,7 +120,15 @@ class InputSquares:
                 raise ValueError(f"{self.who}: data: '{name}' was not run by any batch; exclude it")
             if not bool(self.sums[name].isfinite().all()):
                 raise ValueError(f"{self.who}: data: the inputs of '{name}' are NaN or infinite")
+        for name, reached in self._reached.items():
+            self.sums[name][~reached] = self.sums[name][reached].mean()
         return {name: total.sqrt() for name, total in self.sums.items()}
+
+
+def _weight(module: nn.Module, name: str) -> Tensor:
+    found = getattr(module, name.rpartition(".")[2])
+    assert isinstance(found, Tensor)
+    return found
 
 
 def _of_rows(x: Tensor) -> Tensor:
@@ -165,8 +195,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def as_columns(norms: Mapping[str, Tensor], module: nn.Module, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Factors of a weight's columns [G, 1, K] and rows [G, 1, O] that make a score ``|w_ij| ||x_j||``."""
     own = norms[name].to(dtype)
-    weight: Any = module.weight
+    weight = _weight(module, name)
     groups = own.shape[0] if own.dim() == 2 else 1
+    outputs = weight.shape[-1] if is_transposed(module) else weight.shape[-2 if is_experts(module) else 0]
     if is_transposed(module):
-        return own.new_ones(1, 1, weight.shape[1]), own.reshape(1, 1, -1)
-    return own.reshape(groups, 1, -1), own.new_ones(groups, 1, weight.shape[0] // groups)
+        return own.new_ones(groups, 1, outputs), own.reshape(groups, 1, -1)
+    return own.reshape(groups, 1, -1), own.new_ones(groups, 1, outputs if is_experts(module) else outputs // groups)

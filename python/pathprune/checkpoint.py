@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .residency import DEFAULT_BUDGET, Residency, Window
+from .residency import DEFAULT_BUDGET, Residency
 from .shards import PIECE_BYTES, CheckpointError, Entry, Shard
 
 SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
@@ -68,11 +68,7 @@ class Checkpoint:
                 self.where[name] = file
         if self.index is not None:
             _check_index(self.folder / INDEX, self.index, self.where, self.shards)
-        self.used = Residency({name: self._window(name) for name in self.where}, budget)
-
-    def _window(self, name: str) -> Window:
-        shard, entry = self.shards[self.where[name]], self.entry(name)
-        return Window(entry.end - entry.begin, lambda: shard.drop(name), lambda: shard.prefetch(name))
+        self.used = Residency({name: self.shards[file].window(name) for name, file in self.where.items()}, budget)
 
     def entry(self, name: str) -> Entry:
         """Where a tensor lies and what it is."""

@@ -1,26 +1,28 @@
 """The model of a Hugging Face folder, with its weights left on the disk.
 
 The structure is made by ``transformers`` from the configuration, without memory for the parameters; each parameter
-then becomes a window on its file. Names in files are brought to names of parameters as ``from_pretrained`` does, as
-far as that is renaming: a tensor that it would fuse with others, split or transpose is left as it is.
+then becomes a window on its file. Names in files are brought to names of parameters as ``from_pretrained`` does. What
+it fuses, splits or transposes on loading is laid out anew in a file of its own (:mod:`assembly`), and the parameter is
+a window on that; a tensor that it converts otherwise is left as it is.
 """
 
 from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
+from .assembly import Assembly, NoWayBackError, converted, dtype_of
 from .checkpoint import Checkpoint, some
 from .layers import layer_network, prunable_layers
 from .network import PathNetwork
-from .shards import CheckpointError
+from .shards import CheckpointError, Shard
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -34,6 +36,8 @@ class CheckpointModel:
         model: in eval mode; its parameters have one dtype, and are not to be written to.
         tensors: parameter or buffer name -> values, as they are in the files.
         keys: the same names -> names in the files (tied tensors may be there more than once).
+        assemblies: parameter or buffer name -> how it is made of tensors of the files, of those that are.
+        unmade: names of parameters that transformers makes of tensors of the files in a way that has no way back.
         unclaimed: names in the files that the model does not use as they are: they are not pruned.
         absent: names of parameters that no file has.
     """
@@ -42,16 +46,18 @@ class CheckpointModel:
     model: nn.Module
     tensors: dict[str, Tensor]
     keys: dict[str, list[str]]
+    assemblies: dict[str, Assembly]
+    unmade: list[str]
     unclaimed: list[str]
     absent: list[str] = field(default_factory=list)
 
     def used(self, name: str) -> None:
         """Tells the checkpoint that a parameter has been read."""
-        for key in self.keys.get(name, ()):
+        for key in self.keys.get(name, (_window_of(name),)):
             self.checkpoint.used(key)
 
     def layers(self, *, runs: bool = False) -> PathNetwork:
-        """The linear layers side by side; see :func:`layer_network`.
+        """The linear layers side by side, without those that are ``unmade``; see :func:`layer_network`.
 
         Args:
             runs: whether the model will be run, so that it needs all its parameters.
@@ -59,7 +65,7 @@ class CheckpointModel:
         Raises:
             CheckpointError: a weight that the files do not have, or whose dtype cannot be scored.
         """
-        self._check(prunable_layers(self.model))
+        self._check([name for name in prunable_layers(self.model) if name not in self.unmade])
         if runs:
             self._check_whole()
         return self._watched(layer_network(self.model, self.tensors))
@@ -71,14 +77,19 @@ class CheckpointModel:
             CheckpointError: a parameter that the files do not have, or whose dtype cannot be scored.
             UnsupportedModelError: an operator without a rule.
         """
-        self._check(self.tensors)
         self._check_whole()
+        self._check(self.tensors)
         network = PathNetwork.from_module(self.model, example_input)
         for name in network.tensors:  # where dtypes are mixed, the model has copies
             network.tensors[name] = self.tensors[name]
         return self._watched(network)
 
     def _check_whole(self) -> None:
+        if self.unmade:
+            raise CheckpointError(
+                f"{self.checkpoint.folder}: transformers converts the files' tensors in a way that has no way back, "
+                f"for {some(self.unmade)}"
+            )
         if self.absent:
             raise CheckpointError(f"{self.checkpoint.folder}: no file has {some(self.absent)}")
 
@@ -100,8 +111,16 @@ class CheckpointModel:
         return network
 
 
-def open_model(checkpoint: Checkpoint) -> CheckpointModel:
+LayOut = Callable[[Mapping[str, Assembly]], Shard]
+"""Lays parameters out in a file, with tensors of their names."""
+
+
+def open_model(checkpoint: Checkpoint, lay_out: LayOut | None = None) -> CheckpointModel:
     """The checkpoint's model, its parameters windows on the files.
+
+    Args:
+        lay_out: asked for the values of parameters that are made of several tensors, if there are any; without it
+            they are absent.
 
     Raises:
         CheckpointError: no such architecture, quantised weights, tensors of other shapes than the model's, or tied
@@ -109,19 +128,28 @@ def open_model(checkpoint: Checkpoint) -> CheckpointModel:
         ImportError: transformers is missing.
     """
     model = _structure(checkpoint)
-    keys, unclaimed = _claimed(checkpoint, model)
+    keys, assemblies, unmade, unclaimed = _claimed(checkpoint, model)
     tensors: dict[str, Tensor] = {}
     parameters = dict(model.named_parameters())
     persistent = set(model.state_dict(keep_vars=True))
+    made = lay_out(assemblies) if lay_out is not None and assemblies else None
     for name, own in (*parameters.items(), *model.named_buffers()):
         if name in keys:
             tensors[name] = _value(checkpoint, name, keys[name], own.shape)
+        elif made is not None and name in assemblies:
+            tensors[name] = made.tensor(name)
+            checkpoint.used.watch(_window_of(name), made.window(name))
         elif name not in parameters and not own.is_meta:
             tensors[name] = own.detach()  # of the structure itself, not of the files
     expected = [*parameters, *(name for name, _ in model.named_buffers() if name in persistent)]
     absent = [name for name in expected if name not in tensors]
-    _fill(model, tensors, parameters, set(keys))
-    return CheckpointModel(checkpoint, model.eval(), tensors, keys, unclaimed, absent)
+    _fill(model, tensors, parameters, {*keys, *assemblies})
+    return CheckpointModel(checkpoint, model.eval(), tensors, keys, assemblies, unmade, unclaimed, absent)
+
+
+def _window_of(name: str) -> str:
+    """What the windows of laid out parameters are known by, beside those of the files' tensors."""
+    return f"parameter {name}"
 
 
 def _structure(checkpoint: Checkpoint) -> nn.Module:
@@ -164,19 +192,77 @@ def _parameters_on_meta() -> Iterator[None]:
         hook.remove()
 
 
-def _claimed(checkpoint: Checkpoint, model: nn.Module) -> tuple[dict[str, list[str]], list[str]]:
-    """Canonical name in the model -> names in the files, and the names that the model does not take as they are."""
+def _claimed(
+    checkpoint: Checkpoint, model: nn.Module
+) -> tuple[dict[str, list[str]], dict[str, Assembly], list[str], list[str]]:
+    """What of the model is in the files: see the attributes of :class:`CheckpointModel`, by canonical names."""
     canonical = _first_names(model)
-    rename = _renaming(model)
+    rename, in_order = _renaming(model)
     keys: dict[str, list[str]] = {}
-    unclaimed = []
-    for key in checkpoint.where:
-        name = rename(key)
-        if name in canonical:
-            keys.setdefault(canonical[name], []).append(key)
-        else:
+    collected: dict[str, tuple[Any, dict[str, list[str]]]] = {}  # name -> its converter, its tensors by pattern
+    unmade, unclaimed = [], []
+    for key in sorted(checkpoint.where, key=in_order):
+        claim = rename(key)
+        if claim.name not in canonical:
             unclaimed.append(key)
-    return keys, unclaimed
+        elif claim.converter is None:
+            keys.setdefault(canonical[claim.name], []).append(key)
+        else:
+            _, patterns = collected.setdefault(claim.name, (claim.converter, {}))
+            patterns.setdefault(claim.pattern, []).append(key)
+    assemblies: dict[str, Assembly] = {}
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    for name, (converter, patterns) in collected.items():
+        targets, made = _made(checkpoint, shapes, name, converter, patterns)
+        if made is None or any(one not in canonical or canonical[one] in keys for one in made):
+            unclaimed += [key for some_keys in patterns.values() for key in some_keys]
+            unmade += [canonical[one] for one in targets if one in canonical and canonical[one] not in keys]
+        else:
+            assemblies.update({canonical[one]: assembly for one, assembly in made.items()})
+    return keys, assemblies, unmade, unclaimed
+
+
+def _made(
+    checkpoint: Checkpoint,
+    shapes: Mapping[str, torch.Size],
+    name: str,
+    converter: Any,
+    patterns: Mapping[str, list[str]],
+) -> tuple[list[str], dict[str, Assembly] | None]:
+    """The names that a conversion makes, and the parameters; None where there is no way back from them to the files.
+
+    Raises:
+        CheckpointError: tensors that do not make up the model's parameters.
+    """
+    found = next((target for target in converter.target_patterns if target in name), None)
+    if found is None:
+        return [name], None
+
+    def full(target: str) -> str:
+        return name.replace(found, target, 1)
+
+    def wanted(target: str) -> torch.Size:
+        return shapes[full(target)]
+
+    names = [full(target) for target in converter.target_patterns]
+    tensors = {
+        pattern: [Assembly.of(key, checkpoint.entry(key).shape) for key in keys] for pattern, keys in patterns.items()
+    }
+    try:
+        made = {full(target): assembly for target, assembly in converted(converter, tensors, wanted).items()}
+    except (NoWayBackError, KeyError):
+        return names, None
+    except (ValueError, IndexError) as error:
+        raise CheckpointError(f"{checkpoint.folder}: {name}: the files' tensors do not make it up: {error}") from error
+    for one, assembly in made.items():
+        if one in shapes and shapes[one] != assembly.shape:
+            want, got = list(shapes[one]), list(assembly.shape)
+            raise CheckpointError(
+                f"{checkpoint.folder}: {one}: the model wants {want}, the files' tensors make up {got}"
+            )
+    if any(dtype_of(checkpoint, assembly) is None or not assembly.shape for assembly in made.values()):
+        return names, None
+    return names, made
 
 
 def _first_names(model: nn.Module) -> dict[str, str]:
@@ -186,31 +272,40 @@ def _first_names(model: nn.Module) -> dict[str, str]:
     return {name: first.setdefault(id(tensor), name) for name, tensor in everyone}
 
 
-def _renaming(model: nn.Module) -> Any:
-    """From a name in the files to the model's, or None where the tensor would not stay as it is."""
+class _Claim(NamedTuple):
+    """What a name in the files is in the model; ``converter`` where the tensor does not stay as it is."""
+
+    name: str
+    converter: Any = None
+    pattern: str = ""
+
+
+def _renaming(model: nn.Module) -> tuple[Callable[[str], _Claim], Callable[[str], Any]]:
+    """From a name in the files to the model's; and the order in which they are to be taken."""
     own = model.state_dict()
     prefix = getattr(model, "base_model_prefix", "") or None
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
     except ImportError:  # before transformers 5 names differed by the base model's prefix alone
 
-        def plain(key: str) -> str | None:
+        def plain(key: str) -> _Claim:
             ways = (key, f"{prefix}.{key}", key.removeprefix(f"{prefix}."))
-            return next((way for way in ways if way in own), None)
+            return _Claim(next((way for way in ways if way in own), key))
 
-        return plain
+        return plain, str
     transforms = get_model_conversion_mapping(cast(Any, model))
     renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
     converters = [one for one in transforms if isinstance(one, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
 
-    def renamed(key: str) -> str | None:
-        name, converter = rename_source_key(key, renamings, converters, prefix, own)
+    def renamed(key: str) -> _Claim:
+        name, pattern = rename_source_key(key, renamings, converters, prefix, own)
         if name not in own and key in own:
-            name, converter = rename_source_key(key, [], [], prefix, own)
-        return None if converter is not None else name
+            name, pattern = rename_source_key(key, [], [], prefix, own)
+        return _Claim(name) if pattern is None else _Claim(name, by_pattern[pattern], pattern)
 
-    return renamed
+    return renamed, dot_natural_key
 
 
 def _value(checkpoint: Checkpoint, name: str, keys: list[str], shape: torch.Size) -> Tensor:
@@ -236,7 +331,8 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], parameters: dict[str, nn
     """Puts values in place of the meta parameters, so that the model can run.
 
     They are windows, and copies in the commonest dtype where the files' dtypes are mixed (an exported graph, and most
-    models, want one); buffers that are not in the files stay what the structure made them. What no file has is zero.
+    models, want one); buffers that are not in the files stay what the structure made them. What no file has is zero,
+    in the memory of one number.
     """
     sizes: Counter[torch.dtype] = Counter()
     for name in parameters:
@@ -246,7 +342,7 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], parameters: dict[str, nn
 
     def uniform(name: str, own: Tensor) -> Tensor:
         if name not in tensors:
-            return torch.zeros(own.shape, dtype=common if own.is_floating_point() else own.dtype)
+            return torch.zeros((), dtype=common if own.is_floating_point() else own.dtype).expand(own.shape)
         value = tensors[name]
         return value.to(common) if name in files and value.is_floating_point() else value
 

@@ -4,18 +4,23 @@ Weights are scored where they lie on the disk (:mod:`checkpoint_model`) by the s
 masks are the same bit for bit. In memory at one time: one weight or the budget of :mod:`residency`, the flows, the
 masks at one bit a weight, and pieces of a few MB.
 
+Parameters that loading makes of several file tensors are laid out beside the result while they are scored
+(:mod:`assembly`); rounds are kept as they are done (:mod:`savepoints`).
+
 Bytes: each sweep of the method reads the weights once; then each shard is read and written once, and the masks'
-``base_hash`` reads the pruned weights once more.
+``base_hash`` reads the pruned weights once more. What is laid out is read and written once before.
 Oracle: the same pruning in memory.
 """
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +29,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ._mask_io import flat_pieces
+from .assembly import Assembly, Part, file_bits, laid_out, size_of
 from .checkpoint import MASKS, Checkpoint, some, verify
 from .checkpoint_model import CheckpointModel, open_model
 from .loading import example_input as ones_of_shape
@@ -31,11 +37,14 @@ from .masks import Masks
 from .network import PathNetwork
 from .pruners import PHEW, Magnitude, PathPruner, Wanda
 from .pruners.base import Pruner
-from .pruning import prune
+from .pruning import asked_for, prune
 from .residency import DEFAULT_BUDGET
 from .restartable import RestartableFolder
-from .shards import CheckpointError
+from .savepoints import Savepoints
+from .shards import CheckpointError, Shard
 from .version import __version__
+
+ASSEMBLED = ".assembled"  # in a folder in the making alone; no shard and no file that goes along has such a name
 
 
 @dataclass(frozen=True)
@@ -45,7 +54,8 @@ class PrunedCheckpoint:
     Attributes:
         folder: complete, with the shards, the masks and the other files.
         masks: by the model's parameter names.
-        unpruned: names of tensors in the files that the model does not use as they are: they were copied.
+        unpruned: names of tensors in the files that the model does not have, or converts in a way that has no way back
+            (quantised, interleaved): they were copied.
         left_out: other copies of the weights (pickled, ONNX, ...), which were not copied: they are not pruned.
     """
 
@@ -58,7 +68,7 @@ class PrunedCheckpoint:
         """What a reader should know, in sentences."""
         lines = []
         if self.unpruned:
-            lines.append(f"copied as they are, the model has no such parameter: {some(self.unpruned)}")
+            lines.append(f"copied as they are, the model has no such parameter or converts them: {some(self.unpruned)}")
         if self.left_out:
             lines.append(f"left out, other copies of the weights: {some(self.left_out)}")
         return lines
@@ -86,9 +96,9 @@ def prune_checkpoint(
 
     Shards of the same names, the masks (``masks.safetensors``), the other files of the folder and a marker with the
     checksums of all (``pathprune.json``) appear in ``out`` at once, when everything is written. Killed on the way, the
-    same call goes on and gives the same bytes: shards that are written stay, and masks once found; a method that was
-    still scoring begins again. The input must not change meanwhile: that is checked, but a shard cut short while it is
-    mapped ends the process.
+    same call goes on and gives the same bytes: shards that are written stay, and masks once found; scoring goes on with
+    the round that was kept last (walks begin again). The input must not change meanwhile: that is checked, but a shard
+    cut short while it is mapped ends the process.
 
     Args:
         folder: ``config.json`` and safetensors weights; see :class:`Checkpoint`.
@@ -123,6 +133,7 @@ def prune_checkpoint(
             f"prune_checkpoint: pruner: wanted Magnitude, Wanda, PHEW or a path method, got {pruner.name}, "
             "which holds more than one bit a weight in memory"
         )
+    asked_for(density, sparsity, pruner.scope if scope is None else scope)
     checkpoint = Checkpoint(folder, budget)
     checkpoint.verify()
     arguments: dict[str, Any] = {
@@ -143,30 +154,22 @@ def prune_checkpoint(
     with RestartableFolder(target, arguments) as work:
         if work.finished:
             return _result(target, Masks.load(target / MASKS), verify(target)["findings"])
-        _check_space(checkpoint, work)
         opened = open_model(checkpoint)
+        _check_space(opened, work)
+        savepoints = Savepoints(work)
         if work.has(MASKS):
             masks = Masks.load(work.partial / MASKS)
         else:
-            found = prune(
-                _network(opened, pruner, example_input, input_shape),
-                pruner,
-                density=density,
-                sparsity=sparsity,
-                scope=scope,
-                allocation=allocation,
-                schedule=schedule,
-                seed=seed,
-                include=include,
-                exclude=exclude,
-                compact=False,
-                progress=progress,
-            )
-            assert isinstance(found, Masks)
-            masks = _repeatable(found, pruner.needs_paths)
-            checkpoint.check_unchanged()
+            options: dict[str, Any] = {"density": density, "sparsity": sparsity, "scope": scope}
+            options |= {"allocation": allocation, "schedule": schedule, "seed": seed, "progress": progress}
+            options |= {"include": include, "exclude": exclude, "savepoints": savepoints}
+            given = partial(_network, pruner=pruner, given=example_input, shape=input_shape)
+            masks = _scored(Checkpoint(folder, budget), work, pruner, given, options)
+            gc.collect()  # what was laid out takes room on the disk as long as a window on it is left
             masks.save(work.partial / MASKS)
             work.adopt(MASKS)
+        savepoints.discard()
+        work.discard(ASSEMBLED)
         _write_shards(opened, masks, work, progress)
         along, left_out = checkpoint.companions()
         for path in along:
@@ -175,6 +178,32 @@ def prune_checkpoint(
         notes = {"unpruned": opened.unclaimed, "left_out": [str(path) for path in left_out]}
         work.complete(notes)
     return _result(target, masks, notes)
+
+
+def _scored(
+    checkpoint: Checkpoint,
+    work: RestartableFolder,
+    pruner: Pruner,
+    network: Callable[[CheckpointModel], PathNetwork],
+    options: Mapping[str, Any],
+) -> Masks:
+    """The masks, of weights read where they lie; nothing that maps a file outlives it."""
+    try:
+        opened = open_model(checkpoint, partial(_laid_out, checkpoint, work))
+        found = prune(network(opened), pruner, compact=False, **options)
+        checkpoint.check_unchanged()
+    except (TypeError, ValueError):  # the next attempt would fail as well, or is another one
+        work.discard(*work.finished_files())
+        raise
+    assert isinstance(found, Masks)
+    return _repeatable(found, pruner.needs_paths)
+
+
+def _laid_out(checkpoint: Checkpoint, work: RestartableFolder, assemblies: Mapping[str, Assembly]) -> Shard:
+    """A file beside the result with the parameters that are made of several tensors, as long as they are scored."""
+    if not work.has(ASSEMBLED):
+        work.write(ASSEMBLED, laid_out(checkpoint, assemblies))
+    return Shard(work.partial / ASSEMBLED)
 
 
 def _repeatable(masks: Masks, paths_are_known: bool) -> Masks:
@@ -188,7 +217,7 @@ def _result(folder: Path, masks: Masks, found: Mapping[str, Any]) -> PrunedCheck
     return PrunedCheckpoint(folder, masks, tuple(found["unpruned"]), tuple(found["left_out"]))
 
 
-def _network(opened: CheckpointModel, pruner: Pruner, given: Any, shape: str | None) -> PathNetwork:
+def _network(opened: CheckpointModel, *, pruner: Pruner, given: Any, shape: str | None) -> PathNetwork:
     """What the method looks at."""
     if pruner.needs_paths:
         return opened.paths(ones_of_shape(opened.model, shape) if given is None else given)
@@ -214,11 +243,13 @@ def _shapes(given: Any) -> list[list[int]]:
     return [list(leaf.shape) for leaf in tree_leaves(given) if isinstance(leaf, Tensor)]
 
 
-def _check_space(checkpoint: Checkpoint, work: RestartableFolder) -> None:
-    """Refuses a disk on which the result has no room."""
+def _check_space(opened: CheckpointModel, work: RestartableFolder) -> None:
+    """Refuses a disk on which the result has no room, or what is laid out for its making."""
+    checkpoint = opened.checkpoint
     along, _ = checkpoint.companions()
     wanted = sum(shard.size for shard in checkpoint.shards.values())
     wanted += sum((checkpoint.folder / path).stat().st_size for path in along)
+    wanted = max(wanted, size_of(checkpoint, opened.assemblies))  # removed before the shards are written
     there = sum(path.stat().st_size for path in work.partial.rglob("*") if path.is_file())
     free = shutil.disk_usage(work.partial).free
     if wanted - there > free:
@@ -227,18 +258,22 @@ def _check_space(checkpoint: Checkpoint, work: RestartableFolder) -> None:
 
 def _write_shards(opened: CheckpointModel, masks: Masks, work: RestartableFolder, progress: bool | None) -> None:
     """Each shard with zeros in place of the removed weights; finished ones are kept."""
-    bits: dict[str, dict[str, Tensor]] = {file: {} for file in opened.checkpoint.shards}
+    checkpoint = opened.checkpoint
+    uses: dict[str, list[tuple[Part, tuple[Tensor, torch.Size]]]] = {}  # of file tensors, by parameters
     for name in masks:
-        for key in opened.keys[name]:
-            bits[opened.checkpoint.where[key]][key] = masks.packed(name)[0]
-    opened.checkpoint.used.release()
-    total = sum(shard.size for shard in opened.checkpoint.shards.values())
+        for key in opened.keys.get(name, ()):
+            uses[key] = [(Assembly.of(key, checkpoint.entry(key).shape).parts[0], masks.packed(name))]
+        for part in opened.assemblies[name].parts if name in opened.assemblies else ():
+            uses.setdefault(part.key, []).append((part, masks.packed(name)))
+    checkpoint.used.release()
+    total = sum(shard.size for shard in checkpoint.shards.values())
     with _Bar(total, progress) as advance:
-        for file, shard in opened.checkpoint.shards.items():
+        for file, shard in checkpoint.shards.items():
             if work.has(file):
                 advance(shard.size)
-            else:
-                work.write(file, _counted(shard.pruned(bits[file]), advance))
+                continue
+            bits = {key: file_bits(shard.entries[key].shape, uses[key]) for key in shard.entries if key in uses}
+            work.write(file, _counted(shard.pruned(bits), advance))
 
 
 def _counted(chunks: Iterable[Any], advance: Any) -> Iterable[Any]:

@@ -188,7 +188,7 @@ class PathNetwork:
         form: str = "linear",
         **options: Any,
     ) -> int:
-        """A weight on the flow: ``form`` linear, linear_t, conv or conv_transpose; options as in torch's functions."""
+        """A weight on the flow: ``form`` as in :class:`Synapse`, ``rows`` apart; options as in torch's functions."""
         n = weight.dim() - 2
         defaults = {"stride": 1, "padding": 0, "dilation": 1, "output_padding": 0}
         groups = options.pop("groups", 1)
@@ -409,7 +409,9 @@ def _synapse_shape(node: Synapse, entering: torch.Size, weight: Tensor) -> torch
     x, w = torch.empty(entering, device="meta"), torch.empty(weight.shape, device="meta")
     if node.form == "linear":
         return torch.nn.functional.linear(x, w).shape
-    if node.form == "linear_t":
+    if node.form == "experts":
+        return (x @ w.mT).shape
+    if node.form in ("linear_t", "experts_t"):
         return (x @ w).shape
     transposed = node.form == "conv_transpose"
     geometry = (node.stride, node.padding, node.dilation, transposed, node.output_padding, node.groups)

@@ -22,11 +22,12 @@ from .liveness import Reach, reach
 from .masks import Masks
 from .network import PathNetwork, as_network
 from .pruners.base import PathPruner, Pruner, Round, Scope, Selection, require_pruner
+from .savepoints import Savepoints
 from .schedules import layer_densities, rounds_of
 from .sharded_masks import Placement, ShardedMasks
 from .spatial import merge_equal_positions
 from .version import __version__
-from .weights import weights_of
+from .weights import Weight, weights_of
 
 
 @torch.inference_mode(False)  # fixed maps are differentiated to find their adjoints
@@ -47,6 +48,7 @@ def prune(
     allow_regrowth: bool | None = None,
     compact: bool | float = True,
     process_group: Any = None,
+    savepoints: Savepoints | None = None,
     progress: bool | None = None,
 ) -> Masks | list[Masks]:
     """Masks that keep the best weights of ``model`` at a density. The model, its mode, gradients and RNG stay as is.
@@ -75,6 +77,8 @@ def prune(
         compact: pack weights once fewer than this fraction is left (True: 1/4); memory for speed.
         process_group: the ranks whose data count as one: each has its share of the batches, sums run over all. None:
             the ranks of a model of DTensors, else this process alone.
+        savepoints: where rounds are kept while they are done, and taken up if they have been done before (of methods
+            whose rounds depend on masks and weights alone; walks and methods with a memory begin anew).
         progress: a progress bar on stderr; None: when it is a terminal.
 
     Returns:
@@ -95,13 +99,14 @@ def prune(
     with ranks.together("prune"):
         require_pruner(pruner, "prune: pruner")
         scope = pruner.scope if scope is None else scope
-        area = Scope.of(scope)
+        area, densities = asked_for(density, sparsity, scope)
         density, sparsity = _numbers("density", density), _numbers("sparsity", sparsity)
-        densities = _densities(density, sparsity, area)
         if count not in ("exact", "published"):
             raise ValueError(f"prune: count: wanted 'exact' or 'published', got {count!r}")
         if not isinstance(seed, int):
             raise TypeError(f"prune: seed: wanted an int, got {seed!r}")
+        if savepoints is not None and (len(densities) > 1 or ranks.size > 1):
+            raise ValueError("prune: savepoints: wanted one density on one process, got several")
     if ranks.size > 1:
         progress = progress if ranks.rank == 0 else False
         arguments: dict[str, Any] = {"density": densities, "scope": scope, "allocation": allocation}
@@ -133,8 +138,12 @@ def prune(
         structures.append(reach(reachable, weights))
 
     kind = allocation if area.kind in ("layer", "row") else "uniform"
-    rounds: list[Round] = []
     finished: list[int] = []
+    rounds: list[Round] = []
+    if savepoints is not None and pruner.resumes:
+        rounds = savepoints.take_up({name: weights[name] for name in names})
+        selection.before_cut = lambda: _keep(savepoints, rounds, selection.weights)
+    plan = plan[len(rounds) :]
     steps = pruner.steps(quick, selection, plan, lambda d: layer_densities(kind, shapes, d), snapshot, seed)
     for done in _with_progress(steps, len(plan), pruner.name, progress):
         rounds.append(done)
@@ -154,6 +163,12 @@ def prune(
         metadata = {**about, "findings": {**findings, "structure": structure.as_dict()}}
         results.append(_masks_of(bits, metadata, network, model))
     return results if isinstance(density if density is not None else sparsity, list) else results[0]
+
+
+def _keep(savepoints: Savepoints, rounds: Sequence[Round], weights: Sequence[Weight]) -> None:
+    """Keeps what the rounds so far have left, if it is time."""
+    if savepoints.is_due(len(rounds)):
+        savepoints.keep(rounds, {weight.name: weight.packed_bits(copy=False) for weight in weights})
 
 
 def _network_for(model: nn.Module | PathNetwork, pruner: Pruner, example_input: Any, ranks: Group) -> PathNetwork:
@@ -203,6 +218,16 @@ def _numbers(name: str, given: Any) -> float | list[float] | None:
         return [float(value) for value in given]
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"prune: {name}: wanted a number or a list of numbers, got {given!r}") from None
+
+
+def asked_for(density: Any, sparsity: Any, scope: str) -> tuple[Scope, list[float]]:
+    """What competes, and the densities to go to.
+
+    Raises:
+        TypeError, ValueError: not what ``prune`` takes.
+    """
+    area = Scope.of(scope)
+    return area, _densities(_numbers("density", density), _numbers("sparsity", sparsity), area)
 
 
 def _densities(density: float | list[float] | None, sparsity: float | list[float] | None, scope: Scope) -> list[float]:

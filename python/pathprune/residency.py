@@ -44,7 +44,7 @@ class Residency:
     def __init__(self, windows: Mapping[str, Window], budget: int = DEFAULT_BUDGET) -> None:
         if budget < 0:
             raise ValueError(f"Residency: budget: wanted at least 0 bytes, got {budget}")
-        self._windows, self.budget = windows, budget
+        self._windows, self.budget = dict(windows), budget
         self._resident: OrderedDict[str, int] = OrderedDict()  # the one used longest ago first
         self.held = 0  # bytes
         self._followed: dict[tuple[str, str], str] = {}  # the last two uses -> the next one, last time
@@ -61,6 +61,10 @@ class Residency:
             self._windows[oldest].drop()
             self.held -= size
         self._ask_ahead(name)
+
+    def watch(self, name: str, window: Window) -> None:
+        """One window more, under the same budget."""
+        self._windows[name] = window
 
     def _ask_ahead(self, name: str) -> None:
         if name == self._last[1]:

@@ -114,6 +114,10 @@ class RestartableFolder:
                     path.unlink()
         self._note()
 
+    def finished_files(self) -> list[str]:
+        """Names of the files that are finished, or were once."""
+        return sorted(self._files)
+
     def has(self, name: str) -> bool:
         """Whether a file is finished; reads it to compare its checksum."""
         path = self.partial / name
@@ -127,6 +131,14 @@ class RestartableFolder:
         write_atomically(path, _hashed(chunks, facts))
         self._files[name] = facts
         self._note()
+
+    def discard(self, *names: str) -> None:
+        """Removes finished files that are not to be in the folder."""
+        known = [name for name in names if self._files.pop(name, None) is not None]
+        if known:
+            self._note()
+        for name in known:
+            (self.partial / name).unlink(missing_ok=True)
 
     def copy(self, name: str, source: Path) -> None:
         """Makes a file that is a copy of another."""

@@ -22,6 +22,7 @@ from .select import NonFiniteScoreError, Scores
 from .weights import Weight
 
 _AT_ONCE = 1 << 20  # scores in one piece
+_TURNED = ("linear_t", "experts_t")  # forms whose output units are the columns of what is stored
 _BY_PAIRS = 8  # group size up to which comparing all pairs beats a selection
 
 
@@ -68,7 +69,7 @@ def _nth_largest(scores: Tensor, n: int) -> Tensor:
 
 def row_length(weight: Weight) -> int:
     """How many weights of an output unit compete."""
-    return weight.shape[0] if weight.form == "linear_t" else weight.columns
+    return weight.shape[-2] if weight.form in _TURNED else weight.columns
 
 
 def cut_rows(weight: Weight, keep: int, n: int = 0, m: int = 0) -> None:
@@ -88,9 +89,9 @@ def cut_rows(weight: Weight, keep: int, n: int = 0, m: int = 0) -> None:
             f"scope: '{weight.name}': wanted {inputs} inputs to be a multiple of {m} for {n}:{m}; exclude it"
         )
     made = weight.scores if weight.scores.layout is None else weight.written_scores()
-    turned = weight.form == "linear_t"  # output units are the columns of what is stored
+    turned = weight.form in _TURNED
     groups, rows, columns = made.weight.shape
-    if turned and rows != weight.shape[0]:
+    if turned and rows != weight.shape[-2]:
         raise ValueError(f"scope: '{weight.name}': wanted its output units whole, got its inputs spread over ranks")
     words = torch.empty((groups, rows, ops.words(columns)), dtype=torch.int16, device=made.weight.device)
     for some, place in _pieces(made, words, turned):

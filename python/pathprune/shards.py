@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ._mask_io import unpack_bits
+from .residency import Window
 
 PIECE_BYTES = 4 << 20
 _MOST_HEADER = 100_000_000  # what the format's own library accepts
@@ -44,7 +45,13 @@ _DTYPES = {
     "BOOL": torch.bool,
     "C64": torch.complex64,
 }
+_KINDS = {dtype: kind for kind, dtype in _DTYPES.items()}
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # 0 has no bit set, as 0.0 has none
+
+
+def kind_of(dtype: torch.dtype) -> str:
+    """The name of a dtype in the files."""
+    return _KINDS[dtype]
 
 
 class CheckpointError(ValueError):
@@ -123,6 +130,11 @@ class Shard:
     def prefetch(self, name: str) -> None:
         """Asks for a tensor's bytes to be read ahead of their use; returns at once."""
         self._advise(name, "MADV_WILLNEED")
+
+    def window(self, name: str) -> Window:
+        """The tensor's window, for :class:`Residency`."""
+        entry = self.entries[name]
+        return Window(entry.end - entry.begin, lambda: self.drop(name), lambda: self.prefetch(name))
 
     def _advise(self, name: str, advice: str) -> None:
         entry, option = self.entries[name], getattr(mmap, advice, None)

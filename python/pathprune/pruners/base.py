@@ -67,6 +67,12 @@ class Pruner:
         return False
 
     @property
+    def resumes(self) -> bool:
+        """Whether a round depends on nothing but the masks before it, the weights and the plan, and is run by
+        :func:`run`: rounds that have been done once need not be done again."""
+        return False
+
+    @property
     def name(self) -> str:
         return type(self).__name__
 
@@ -177,6 +183,10 @@ class PathPruner(Pruner):
     def scores_shards(self) -> bool:
         return True
 
+    @property
+    def resumes(self) -> bool:
+        return True
+
     def scorer(self, network: PathNetwork, weights: Mapping[str, Weight], seed: int) -> Scorer:
         flow = PathFlow(network, weights, f=self.maps[0], policy=policy_of(self.policy), source=self.source())
 
@@ -228,7 +238,8 @@ class Round:
 class Selection:
     """Cuts the weights to a density, round after round, and guesses the next threshold from the last ones.
 
-    ``group``: the ranks over which the weights' rows are spread.
+    ``group``: the ranks over which the weights' rows are spread. ``before_cut`` is called when a round has been scored
+    and the masks are still those of the round before.
     """
 
     def __init__(
@@ -244,6 +255,7 @@ class Selection:
         self.weights = [weights[name] for name in names]
         self.scope, self.count, self.allow_regrowth = scope, count, allow_regrowth
         self.total = sum(weight.shape.numel() for weight in self.weights)
+        self.before_cut: Callable[[], None] = lambda: None
         self._forecast = Forecast()
         self._guess: Bracket | None = None
 
@@ -267,6 +279,7 @@ class Selection:
 
     def cut(self, keep: int, shares: Mapping[str, int]) -> Real | None:
         """Cuts to ``keep`` weights in all, or to ``shares`` of each layer. Returns the global threshold."""
+        self.before_cut()
         if self.allow_regrowth:
             for weight in self.weights:
                 weight.allow_return()

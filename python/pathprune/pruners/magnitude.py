@@ -28,6 +28,10 @@ class Magnitude(Pruner):
         return True
 
     @property
+    def resumes(self) -> bool:
+        return True
+
+    @property
     def maps(self) -> tuple[WeightMap, WeightMap]:
         return WeightMap.ABS, WeightMap.ABS
 

@@ -29,7 +29,8 @@ class Wanda(Pruner):
     """Keeps the largest ``|w_ij| ||x_j||_2`` of each output unit; ``scope="2:4"`` keeps two of every four inputs.
 
     The activations are those of the dense model, in evaluation mode; the published code lets each block see what the
-    pruned blocks before it give. Every token counts alike: give batches without padding.
+    pruned blocks before it give. Every token counts alike: give batches without padding. The inputs of an expert are
+    those of the tokens that are routed to it; one that no token reaches is scored by its weights.
 
     Args:
         data: re-iterable of batches ``x`` or ``(x, y)``; labels are ignored. See ``batches``.
@@ -60,6 +61,10 @@ class Wanda(Pruner):
     @property
     def scope(self) -> str:
         return "row"
+
+    @property
+    def resumes(self) -> bool:
+        return True
 
     @property
     def maps(self) -> tuple[WeightMap, WeightMap]:
