@@ -78,7 +78,7 @@ class PathFlow(ScaledArithmetic):
         self._fixed = {k: self._constant(network.nodes[k]) for k in self._order}
         self._last_use = {i: k for k in self._order for i in network.nodes[k].inputs}
         self._carries = self._nodes_above_weights()
-        self._relays = {k for k in self._order if not self.batched and self._is_relay(k)}
+        self._relays: dict[int, bool] = {}
         self._saved: dict[int, Any] = {}
         self.values: dict[int, Scaled] = {}
         self.keep_flows = False  # keep every node's forward and backward flow, to look at (conservation, reports)
@@ -152,13 +152,6 @@ class PathFlow(ScaledArithmetic):
         if not bool(torch.isfinite(value).all()):
             raise ValueError("PathFlow: wanted finite biases, norms and constants, got NaN or infinite ones")
         return value
-
-    def _is_relay(self, k: int) -> bool:
-        """Whether a node of a small flow does no more than to give it another shape: asking autograd takes longer."""
-        node = self.network.nodes[k]
-        if not isinstance(node, kinds.Wire) or len(node.inputs) != 1 or node.shape.numel() > _SMALL:
-            return False
-        return keeps_order(node, self.network.nodes[node.inputs[0]].shape, self.power, self.device)
 
     def _nodes_above_weights(self) -> set[int]:
         """Nodes whose backward flow reaches a scored synapse (or is asked for)."""
@@ -264,9 +257,17 @@ class PathFlow(ScaledArithmetic):
         return self._linear_map(k, lambda x: x.sum(node.dims, keepdim=node.keepdim) * factor, entering)
 
     def _forward_wire(self, k: int, node: kinds.Wire, entering: list[Scaled]) -> Scaled:
-        if k in self._relays:
+        if self._is_relay(k, node):
             return replace(entering[0], tensor=entering[0].tensor.reshape(node.shape))
         return self._linear_map(k, lambda *xs: node.apply(xs, self.power), entering)
+
+    def _is_relay(self, k: int, node: kinds.Wire) -> bool:
+        """Whether a wire of a small flow does no more than to give it another shape: asking autograd takes longer."""
+        if self.batched or len(node.inputs) != 1 or node.shape.numel() > _SMALL:
+            return False
+        if k not in self._relays:
+            self._relays[k] = keeps_order(node, self.network.nodes[node.inputs[0]].shape, self.power, self.device)
+        return self._relays[k]
 
     def _forward_sum(self, k: int, node: kinds.Sum, entering: list[Scaled]) -> Scaled:
         tensors, exponent = self._aligned(entering)
@@ -407,8 +408,8 @@ class PathFlow(ScaledArithmetic):
 
     _backward_pool = _backward_reduce = _backward_linear_map
 
-    def _backward_wire(self, k: int, node: Node, g: Scaled, guess: Bracket | None) -> list[Scaled]:
-        if k not in self._relays:
+    def _backward_wire(self, k: int, node: kinds.Wire, g: Scaled, guess: Bracket | None) -> list[Scaled]:
+        if not self._is_relay(k, node):
             return self._backward_linear_map(k, node, g, guess)
         return [replace(g, tensor=g.tensor.reshape(self.network.nodes[node.inputs[0]].shape))]
 
