@@ -4,6 +4,7 @@ VENV ?= .venv
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BUILD ?= build/editable
+PYTEST_WORKERS ?= 2
 PYTEST_ARGS ?=
 BIN := $(VENV)/bin
 INSTALLED := $(BUILD)/.installed
@@ -32,7 +33,7 @@ demo: build  ## prune a ResNet-50 by 100 rounds of SynFlow, then train pruned ne
 	$(BIN)/python -m pathprune.demo
 
 test: build  ## every test that takes less than ten seconds
-	$(BIN)/python -m pytest -q -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -m "not slow" -n $(PYTEST_WORKERS) $(PYTEST_ARGS)
 
 test-all: build  ## every test
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)

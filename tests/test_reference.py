@@ -59,7 +59,7 @@ def score(layer: dict[str, Any], s: int, at: tuple[int, int, int]) -> np.floatin
     if x is None:
         return value
     if x.shape[1] == 1:
-        return (value * number(x[i, 0, c].item())) * number(g[i, 0, r].item())
+        return (value * number(g[i, 0, r].item())) * number(x[i, 0, c].item())
     total = number(0)
     for t in range(x.shape[1]):
         total = total + number(x[i, t, c].item()) * number(g[i, t, r].item())
