@@ -22,6 +22,7 @@ from path_scores import (
     randomised,
 )
 from pathprune.network import PathNetwork
+from pathprune.nodes import Wire, keeps_order
 from positive import Gated, Map, Plus, Times, positive_scores
 
 
@@ -313,3 +314,19 @@ def test_embedding_is_a_source():
         total, got = path_scores(network, f)
         assert math.isclose(float(total), math.log2(wanted_total), abs_tol=1e-11)
         assert_scores_close(got, {"hidden.weight": wanted["0.weight"], "head.weight": wanted["3.weight"]})
+
+
+def test_wires_that_only_give_another_shape() -> None:
+    """They are laid out anew without autograd; a wire that moves, repeats, drops or scales elements is not."""
+    maps = {
+        "view": (lambda x: x.reshape(1, 6, 4), (1, 6, 4), True),
+        "transposed": (lambda x: x.transpose(1, 2), (1, 6, 4), False),
+        "turned": (lambda x: x.flip(1), (1, 4, 6), False),
+        "doubled": (lambda x: 2 * x, (1, 4, 6), False),
+        "cut": (lambda x: x[:, :2], (1, 2, 6), False),
+    }
+    for name, (apply, shape, keeps) in maps.items():
+        wire = Wire((0,), torch.Size(shape), apply=lambda xs, p, apply=apply: apply(xs[0]))
+        assert keeps_order(wire, torch.Size((1, 4, 6)), 1.0, torch.device("cpu")) == keeps, name
+    one_wide = Wire((0,), torch.Size((1, 6, 1)), apply=lambda xs, p: xs[0].transpose(1, 2))
+    assert keeps_order(one_wide, torch.Size((1, 1, 6)), 1.0, torch.device("cpu"))
