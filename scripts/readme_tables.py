@@ -123,28 +123,28 @@ def caption(*suites: Suite) -> str:
 
 def scoring() -> str:
     """Rounds and schedules of SynFlow."""
-    xeon, epyc = suite("scoring", "intel-xeon-processor-2-cores"), suite("scoring")
+    one = suite("scoring")
     rows = []
-    for one, part, label in (
-        (epyc, "round, MLP 784-4096", "a round, MLP of 20 M weights"),
-        (xeon, "round, MLP 784-8192", "a round, MLP of 140 M weights"),
-        (epyc, "round, VGG-16", "a round, VGG-16-BN, 32x32"),
-        (epyc, "round, ResNet-50", "a round, ResNet-50, 224x224"),
+    for part, label in (
+        ("round, MLP 784-4096", "a round, MLP of 20 M weights"),
+        ("round, MLP 784-8192", "a round, MLP of 140 M weights"),
+        ("round, VGG-16", "a round, VGG-16-BN, 32x32"),
+        ("round, ResNet-50", "a round, ResNet-50, 224x224"),
     ):
         ratios = [times(one.ratio(part, f"{name}")) for name in ("published loop", "best PyTorch")]
         best = times(one.ratio(part, "best PyTorch + numpy select"))
-        rows.append([label, one.machine, span(one.seconds(part)), *ratios, best])
-    for one, part, label in (
-        (xeon, "rounds to 1%, MLP 784-4096", "100 rounds to 1 %, MLP of 20 M weights"),
-        (epyc, "rounds to 5%, VGG-16", "100 rounds to 5 %, VGG-16-BN"),
-        (epyc, "rounds to 5%, ResNet-50", "100 rounds to 5 %, ResNet-50"),
+        rows.append([label, span(one.seconds(part)), *ratios, best])
+    for part, label in (
+        ("rounds to 1%, MLP 784-4096", "100 rounds to 1 %, MLP of 20 M weights"),
+        ("rounds to 5%, VGG-16", "100 rounds to 5 %, VGG-16-BN"),
+        ("rounds to 5%, ResNet-50", "100 rounds to 5 %, ResNet-50"),
     ):
         net = part.split(", ")[1]
         published = 100 * one.seconds(f"round, {net}", "published loop") / one.seconds(part)
         ratios = [times(one.ratio(part, name)) for name in ("best PyTorch", "best PyTorch + numpy select")]
-        rows.append([label, one.machine, span(one.seconds(part)), f"{times(published)} *", *ratios])
-    head = ["SynFlow", "on", "pathprune", "published loop", "best PyTorch", "with numpy"]
-    return table(head, rows) + caption(epyc, xeon) + " \\* extrapolated from its round."
+        rows.append([label, span(one.seconds(part)), f"{times(published)} *", *ratios])
+    head = ["SynFlow", "pathprune", "published loop", "best PyTorch", "with numpy"]
+    return table(head, rows) + caption(one) + " \\* extrapolated from its round."
 
 
 def memory() -> str:
