@@ -37,7 +37,7 @@ Work = Callable[[float], Result]
 
 
 def scoring_suite(quick: bool, device: str = "cpu") -> list[tuple[str, Work]]:
-    big = [] if quick else [("mlp-140m", 2)]
+    big = [] if quick else [("mlp-140m", 9)]
     cases: list[tuple[str, Work]] = [
         (f"round {key}", lambda b, key=key, n=n: scoring.one_round(key, n, b, device=device))
         for key, n in (("mlp-20m", 7), *big, ("vgg16", 7), ("resnet50", 3))
