@@ -287,6 +287,16 @@ def test_runs_are_interleaved_and_set_up():
     assert all(len(result.seconds[name][clock]) == 3 for name in "ab" for clock in harness.CLOCKS)
 
 
+def test_who_has_waited_long_is_called_once_before(monkeypatch):
+    monkeypatch.setattr(harness, "IDLE", -1.0)  # any time is long
+    calls = []
+    case = harness.Case("waiting", lambda: "equal")
+    case.add("a", lambda: calls.append("a")).add("b", lambda: calls.append("b"))
+    result = case.measure(repeats=2, warmup=0)
+    assert calls == ["a", "b", "a", "a", "b", "b"]  # who was never called has nothing to lose
+    assert len(result.seconds["a"]["wall"]) == 2
+
+
 def test_ratio_is_the_median_of_pairs():
     clock = {"wall": [1.0, 10.0, 1.0]}
     slow = {"wall": [2.0, 30.0, 50.0]}

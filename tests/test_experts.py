@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -10,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from checkpoint_folders import contents, gpt_oss, llama, mixtral, qwen_moe, rewrite, save, tensors
+from checkpoint_folders import contents, gpt_oss, mixtral, qwen_moe, rewrite, save, tensors
+from file_pages import mapped_at_reads
 from pathprune import (
     PHEW,
     Checkpoint,
     CheckpointError,
     Magnitude,
-    Masks,
     SynFlow,
     SynFlowL2,
     Wanda,
@@ -28,7 +27,6 @@ from pathprune import (
 )
 from pathprune.checkpoint_model import open_model
 from pathprune.expert_inputs import ExpertInputs
-from pathprune.residency import Residency
 
 pytest.importorskip("transformers")
 
@@ -366,47 +364,14 @@ def test_what_is_laid_out_is_gone_when_shards_are_written(whole, tmp_path, monke
 )
 def test_mapped_memory_is_bounded(tmp_path, monkeypatch, method):
     """Whenever a weight has been read, no more file pages are mapped than the budget and that weight."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        pytest.skip("needs /proc")
-
-    def mapped() -> int:
-        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
-        return int(fields["RssFile"].split()[0]) << 10
-
     torch.manual_seed(0)
     config = mixtral().config
     config.hidden_size, config.intermediate_size, config.head_dim, config.num_hidden_layers = 256, 512, 64, 8
     config.num_local_experts, config.num_experts_per_tok = 4, 2
     folder = save(type(mixtral())(config), tmp_path / "model", shard="8MB")  # 60 MB, the largest parameter 4 MB
-    seen: list[int] = []
-    call = Residency.__call__
-
-    def watched(self, name):
-        seen.append(mapped())
-        call(self, name)
-
     pruner = {"magnitude": Magnitude(), "synflow": SynFlow(rounds=2), "wanda": words()}[method]
     prune_checkpoint(folder, pruner, tmp_path / "warm", density=0.5)  # loads what code it needs
-    before = mapped()
-    monkeypatch.setattr(Residency, "__call__", watched)
-    prune_checkpoint(folder, pruner, tmp_path / "out", density=0.5, budget=4 << 20)
+    options = {"density": 0.5, "budget": 4 << 20}
+    seen = mapped_at_reads(monkeypatch, lambda: prune_checkpoint(folder, pruner, tmp_path / "out", **options))
     assert len(seen) > 50
-    assert max(seen) - before < 16 << 20
-
-
-def test_generate_runs_without_a_warning(whole, tmp_path, caplog):
-    made = prune_checkpoint(whole, Magnitude(), tmp_path / "out", density=0.5)
-    pruned = type(mixtral()).from_pretrained(made.folder)
-    assert not [record for record in caplog.records if record.levelname == "WARNING"]
-    with torch.no_grad():
-        assert pruned.generate(torch.arange(4)[None], max_new_tokens=3, do_sample=False).shape == (1, 7)
-    marker = json.loads((made.folder / "pathprune.json").read_text())
-    assert not any(name.startswith(".") for name in marker["files"])
-    assert Masks.load(made.folder / "masks.safetensors") == made.masks
-
-
-def test_models_without_experts_lay_nothing_out(tmp_path, monkeypatch):
-    folder = save(llama(), tmp_path / "model")
-    monkeypatch.setattr(checkpoint_pruning, "laid_out", lambda *arguments: pytest.fail("nothing to lay out"))
-    prune_checkpoint(folder, Magnitude(), tmp_path / "out", density=0.5)
+    assert max(seen) < 16 << 20

@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from file_pages import mapped
 from pathprune import CheckpointError
 from pathprune._mask_io import pack_bits
 from pathprune.residency import Residency, Window
@@ -68,20 +69,14 @@ def test_a_window_stays_the_same_when_its_memory_is_dropped(tmp_path):
 
 
 def test_dropping_gives_memory_back(tmp_path):
-    def resident() -> int:
-        fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        return int(fields["RssFile"].split()[0]) << 10
-
-    if not Path("/proc/self/status").exists():
-        pytest.skip("needs /proc")
     save_file({"w": torch.ones(8 << 20)}, tmp_path / "a.safetensors")  # 32 MB
     shard = Shard(tmp_path / "a.safetensors")
-    before = resident()
+    before = mapped()
     shard.tensor("w").sum()
-    read = resident()
+    read = mapped()
     shard.drop("w")
     assert read - before > 30 << 20
-    assert resident() - before < 2 << 20
+    assert mapped() - before < 2 << 20
 
 
 def test_a_write_to_a_window_stays_in_memory(tmp_path):

@@ -11,8 +11,9 @@
 
 namespace pathprune::PATHPRUNE_ISA {
 
-// The score as (s(w) g) x, also where it is s(w), with x = g = 1, or s(w) times a sum over
-// positions, which is then formed for the tile beforehand, with g = 1: products with 1 are exact.
+// The score as `through_flow` makes it, (s(w) g) x, also where it is s(w), with x = g = 1, or s(w)
+// times a sum over positions, which is then formed for the tile beforehand, with g = 1: products
+// with 1 are exact.
 template <typename A, typename Map = AnyMap<A>>
 class Scorer {
  public:

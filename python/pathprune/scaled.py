@@ -106,9 +106,9 @@ class ScaledArithmetic:
             return Scaled(tensor, exponent)
         peak = self._peak(tensor.reshape(self.members, -1))
         if self._is_one:
-            shift = math.frexp(float(peak))[1]
+            mantissa, shift = math.frexp(float(peak))
             scaled = tensor * math.ldexp(1.0, clamped(-shift, self.dtype))
-            return Scaled(scaled, exponent + shift if float(peak) > 0 else torch.full_like(exponent, NOTHING))
+            return Scaled(scaled, exponent + shift if mantissa > 0 else torch.full_like(exponent, NOTHING))
         shifts = torch.frexp(peak).exponent.to(torch.int64)
         return Scaled(self._raised(tensor, -shifts), torch.where(peak > 0, exponent + shifts, NOTHING))
 
