@@ -83,6 +83,18 @@ PP_HD int final_scale(int64_t count, int rough, uint64_t rough_sum) {
   return rough + 63 - digits_of(bound);  // sum of w * 2^rough < bound + 1
 }
 
+// Whether a row's final scale follows from the sum of its weights in float64, in whatever order it
+// was formed: neither its rounding (a share of count * 2^-53) nor what the rough integers lack (a
+// share of count^2 * 2^-62) can carry it over a power of two.
+PP_HD bool is_scale_certain(int64_t count, double sum) {
+  constexpr uint64_t kTop = (1 << 20) - 1;  // the first 20 bits behind the point
+  const uint64_t bits = bit_cast<uint64_t>(sum), top = bits >> 32 & kTop;
+  const int exponent = static_cast<int>(bits >> 52) - 1023;
+  return count <= 1 << 20 && top != 0 && top != kTop && exponent > -960 && exponent < 1023;
+}
+
+PP_HD int certain_scale(double sum) { return 62 - exponent_of(sum); }
+
 // The draw of a row with this total: `word` is 64 random bits.
 PP_HD uint64_t fixed_draw(uint64_t word, uint64_t total) { return multiply_high(word, total); }
 

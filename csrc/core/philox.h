@@ -19,6 +19,10 @@ struct PhiloxBlock {
   }
 };
 
+inline constexpr int kPhiloxRounds = 10;
+inline constexpr uint32_t kPhiloxMultiplier[2] = {0xD2511F53u, 0xCD9E8D57u};
+inline constexpr uint32_t kPhiloxWeyl[2] = {0x9E3779B9u, 0xBB67AE85u};  // added to the key a round
+
 namespace philox_detail {
 
 PP_HD uint32_t multiply_high(uint32_t a, uint32_t b) {
@@ -26,8 +30,7 @@ PP_HD uint32_t multiply_high(uint32_t a, uint32_t b) {
 }
 
 PP_HD PhiloxBlock round(const PhiloxBlock& c, uint32_t key0, uint32_t key1) {
-  constexpr uint32_t kMultiplier0 = 0xD2511F53u;
-  constexpr uint32_t kMultiplier1 = 0xCD9E8D57u;
+  constexpr uint32_t kMultiplier0 = kPhiloxMultiplier[0], kMultiplier1 = kPhiloxMultiplier[1];
   return {{multiply_high(kMultiplier1, c.word[2]) ^ c.word[1] ^ key0, kMultiplier1 * c.word[2],
            multiply_high(kMultiplier0, c.word[0]) ^ c.word[3] ^ key1, kMultiplier0 * c.word[0]}};
 }
@@ -36,14 +39,13 @@ PP_HD PhiloxBlock round(const PhiloxBlock& c, uint32_t key0, uint32_t key1) {
 
 // The block of four words at a 128-bit counter, given as its two 64-bit halves.
 PP_HD PhiloxBlock philox(uint64_t seed, uint64_t counter_low, uint64_t counter_high = 0) {
-  constexpr uint32_t kWeyl0 = 0x9E3779B9u;
-  constexpr uint32_t kWeyl1 = 0xBB67AE85u;
+  constexpr uint32_t kWeyl0 = kPhiloxWeyl[0], kWeyl1 = kPhiloxWeyl[1];
   uint32_t key0 = static_cast<uint32_t>(seed);
   uint32_t key1 = static_cast<uint32_t>(seed >> 32);
   PhiloxBlock block = {
       {static_cast<uint32_t>(counter_low), static_cast<uint32_t>(counter_low >> 32),
        static_cast<uint32_t>(counter_high), static_cast<uint32_t>(counter_high >> 32)}};
-  for (int i = 0; i < 10; ++i) {
+  for (int i = 0; i < kPhiloxRounds; ++i) {
     block = philox_detail::round(block, key0, key1);
     key0 += kWeyl0;
     key1 += kWeyl1;

@@ -1,5 +1,7 @@
 #include "glue/walk_arguments.h"
 
+#include <algorithm>
+
 #include <limits>
 
 namespace pathprune {
@@ -162,11 +164,12 @@ WalkMarkArguments::WalkMarkArguments(const Tensor& bits, const Tensor& edges, in
 }
 
 void WalkMarkArguments::check_edges() const {
-  for (int64_t walk = 0; walk < edges_.size(0); ++walk) {
-    const int64_t* mine = edges() + walk * edges_.stride(0);
-    for (int64_t s = 0; s < edges_.size(1); ++s) {
-      if (mine[s * edges_.stride(1)] >= places_) refuse_edge(mine[s * edges_.stride(1)]);
-    }
+  const int64_t walks = edges_.size(0), stride = edges_.stride(0);
+  for (int64_t s = 0; s < edges_.size(1); ++s) {
+    const int64_t* mine = edges() + s * edges_.stride(1);
+    int64_t last = -1;
+    for (int64_t walk = 0; walk < walks; ++walk) last = std::max(last, mine[walk * stride]);
+    if (last >= places_) refuse_edge(last);
   }
 }
 

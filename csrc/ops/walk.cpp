@@ -4,7 +4,6 @@
 #include "ops/walk.h"
 
 #include <algorithm>
-#include <bit>
 #include <vector>
 
 #include "glue/cpu.h"
@@ -45,12 +44,12 @@ class Scratch {
   Scratch(const WalkMatrix& m, int64_t choices, int64_t tile_columns = 0, int64_t values = 1,
           int64_t value_bytes = 1)
       : weights_(choices),
-        cdf_(std::bit_ceil(static_cast<uint64_t>(choices))),
+        cdf_(cdf_room(choices) + kLine),
         // An odd number of cache lines: columns that began a power of two apart would evict each
         // other.
         pitch_(m.rows * values + 80 - m.rows * values % 64),
         tile_(tile_columns * pitch_ * value_bytes),
-        view_{weights_.data(), cdf_.data(), tile_.data(), pitch_} {}
+        view_{weights_.data(), aligned(cdf_.data()), tile_.data(), pitch_, &pending_} {}
   Scratch(const Scratch&) = delete;
 
   const WalkScratch& view() const { return view_; }
@@ -59,10 +58,17 @@ class Scratch {
   }
 
  private:
+  static constexpr int64_t kLine = 8;  // numbers in a cache line, at which the CDF begins
+
+  static uint64_t* aligned(uint64_t* numbers) {
+    return numbers + kLine - reinterpret_cast<uintptr_t>(numbers) / sizeof(uint64_t) % kLine;
+  }
+
   std::vector<double> weights_;
   std::vector<uint64_t> cdf_;
   int64_t pitch_;
   std::vector<char> tile_;
+  WalkPending pending_;
   WalkScratch view_;
 };
 
@@ -101,6 +107,7 @@ std::tuple<Tensor, Tensor> walk_step(const Tensor& weight, const Tensor& units, 
       for (int64_t u = begin; u < end; ++u) {
         if (is_busy(u)) move(scratch, from + u * row_bytes, u);
       }
+      kernels.settle(m, rule, walkers, scratch.view());
     });
     return {next, edge};
   }
@@ -120,6 +127,7 @@ std::tuple<Tensor, Tensor> walk_step(const Tensor& weight, const Tensor& units, 
         if (is_busy(first + c)) move(scratch, scratch.column(c, value_bytes), first + c);
       }
     }
+    kernels.settle(m, rule, walkers, scratch.view());
   });
   return {next, edge};
 }
@@ -192,25 +200,27 @@ Tensor walk_mark_(const Tensor& bits, const Tensor& edges, int64_t target) {
   const int64_t walks = edges.size(0), steps = edges.size(1);
   const int64_t walk_stride = edges.stride(0), step_stride = edges.stride(1);
   arguments.check_edges();
-  constexpr int64_t kAhead = 16;  // walks whose places are fetched before they are needed
+  const auto mark = [&](int64_t place) -> int64_t {
+    if (place < 0) return 0;
+    uint64_t& word = words[place / 64];
+    const uint64_t bit = uint64_t{1} << (place % 64);
+    const bool is_new = !(word & bit);
+    word |= bit;
+    return is_new;
+  };
   int64_t marked = 0, walk = 0;
-  for (; walk < walks && marked < target; ++walk) {
-    const int64_t* mine = edge + walk * walk_stride;
-    if (walk + kAhead < walks) {
-      const int64_t* next = mine + kAhead * walk_stride;
-      for (int64_t s = 0; s < steps; ++s) {
-        const int64_t place = next[s * step_stride];
-        if (place >= 0) __builtin_prefetch(words + place / 64, 1);
-      }
-    }
+  while (walk < walks && marked < target) {
+    // Walks that cannot reach the target, whichever they are, are marked step by step: the bits of
+    // one weight stay in the second-level cache.
+    constexpr int64_t kMost = 4096, kLeast = 64;
+    const int64_t safe =
+        std::min({kMost, walks - walk, (target - marked) / std::max(steps, int64_t{1})});
+    const int64_t here = safe >= kLeast ? safe : 1;
     for (int64_t s = 0; s < steps; ++s) {
-      const int64_t place = mine[s * step_stride];
-      if (place < 0) continue;
-      uint64_t& word = words[place / 64];
-      const uint64_t bit = uint64_t{1} << (place % 64);
-      marked += !(word & bit);
-      word |= bit;
+      const int64_t* mine = edge + walk * walk_stride + s * step_stride;
+      for (int64_t w = 0; w < here; ++w) marked += mark(mine[w * walk_stride]);
     }
+    walk += here;
   }
   const Tensor result = new_tensor(bits, {2}, ScalarType::Long);
   data_of<int64_t>(result)[0] = walk;

@@ -14,6 +14,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -133,12 +135,19 @@ class WalkGraph:
 
 
 def walk_graph(network: PathNetwork) -> WalkGraph:
-    """Reads the units and links of a network.
+    """The units and links of a network; read once for as long as the network has the same nodes.
 
     Raises:
         ValueError: a wire mixes too many units to tell which element comes from which.
     """
-    return _Reader(network).run()
+    size = len(network.nodes), tuple(network.outputs)
+    read = _READ.get(network)
+    if read is None or read[0] != size:
+        read = _READ[network] = size, _Reader(network).run()
+    return read[1]
+
+
+_READ: WeakKeyDictionary[PathNetwork, tuple[Any, WalkGraph]] = WeakKeyDictionary()
 
 
 class _Reader:

@@ -198,15 +198,23 @@ class WalkMasks(ABC):
 
 
 def _needed(expected: Callable[[float], float], target: float) -> float:
-    """How many walks are expected to take so many weights."""
-    high = 1.0
+    """How many walks are expected to take so many weights, to a thousandth: by regula falsi, Illinois form."""
     target = min(target, 0.999 * expected(math.inf))
-    while expected(high) < target:
-        high *= 2
-    low = high / 2
+    least = expected(1.0)
+    if least >= target:
+        return 1.0
+    low, high = 1.0, target / least  # walks overlap: it takes more
+    under, over = least - target, expected(high) - target
+    while over < 0:
+        low, high, under = high, 2 * high, over
+        over = expected(high) - target
     while high > 1.001 * low:
-        middle = (low + high) / 2
-        low, high = (middle, high) if expected(middle) < target else (low, middle)
+        middle = min(max((low * over - high * under) / (over - under), 1.0003 * low), high / 1.0003)
+        beyond = expected(middle) - target
+        if beyond < 0:
+            low, under, over = middle, beyond, over / 2
+        else:
+            high, over, under = middle, beyond, under / 2
     return high
 
 

@@ -262,6 +262,10 @@ class Chances:
 
     # --------------------------------------------------------------------------------------------------- tables
 
+    def ways(self, k: int, ahead: bool) -> list[Edge | None]:
+        """The edges a walk may take from a node; None: it may end there."""
+        return self.ways_ahead(k) if ahead else [*self.ways_back(k)]
+
     def branch(self, k: int, ahead: bool) -> tuple[list[Edge | None], Tensor]:
         """The ways from a node and their weights, float64 [units, ways]; each row has one that is open, if any is."""
         if (k, ahead) not in self._branches:
@@ -269,7 +273,7 @@ class Chances:
         return self._branches[k, ahead]
 
     def _branch(self, k: int, ahead: bool) -> tuple[list[Edge | None], Tensor]:
-        ways: list[Edge | None] = list(self.ways_ahead(k)) if ahead else list(self.ways_back(k))
+        ways = self.ways(k, ahead)
         if not ahead and k in self.graph.sites:
             raise ValueError(f"branch: node {k} is a synapse; a walk back leaves it by its one input")
         shares = [self._share(edge, k, ahead) for edge in ways]

@@ -129,11 +129,10 @@ class Walks(WalkMasks):
     def _plan(self, ahead: bool) -> dict[int, _Crossing]:
         plan = {}
         for k in self.graph.order:
-            if not ahead and k in self.graph.sites:
-                crossing = _Crossing(list(self.graph.back[k]), None)
-            else:
-                ways, weights = self.chances.branch(k, ahead)
-                crossing = _Crossing(ways, self._branch_table(weights))
+            at_synapse = not ahead and k in self.graph.sites
+            ways = [*self.graph.back[k]] if at_synapse else self.chances.ways(k, ahead)
+            several = len(ways) > 1 and not at_synapse
+            crossing = _Crossing(ways, self._branch_table(self.chances.branch(k, ahead)[1]) if several else None)
             for place, edge in enumerate(crossing.ways):
                 if edge is not None:
                     links = (edge.ahead if ahead else edge.back).only(self.chances.alive(edge, ahead))
@@ -141,10 +140,8 @@ class Walks(WalkMasks):
             plan[k] = crossing
         return plan
 
-    def _branch_table(self, weights: Tensor) -> Table | None:
+    def _branch_table(self, weights: Tensor) -> Table:
         units, ways = weights.shape
-        if ways <= 1:
-            return None
         start = torch.arange(units + 1) * ways
         return Table.of(weights.flatten(), start, torch.arange(ways).repeat(units)).to(self.device)
 
@@ -310,13 +307,12 @@ class Walks(WalkMasks):
             for k in self.graph.order if ahead else reversed(self.graph.order):
                 if k in rate:
                     rate[k] += share[k] / 2
-                ways, weights = (
-                    ([*self.graph.back[k]], None) if not ahead and k in rate else self.chances.branch(k, ahead)
-                )
-                for place, edge in enumerate(ways):
-                    part = (
-                        1.0 if weights is None else float((weights[:, place] / weights.sum(1)).nan_to_num(0.0).mean())
-                    )
+                crossing = self._crossings[ahead][k]
+                parts = [1.0]
+                if crossing.branch is not None:
+                    weights = self.chances.branch(k, ahead)[1]
+                    parts = (weights / weights.sum(1, keepdim=True)).nan_to_num(0.0).mean(0).tolist()
+                for edge, part in zip(crossing.ways, parts):
                     if edge is not None:
                         share[edge.target if ahead else edge.source] += share[k] * part
         return rate
