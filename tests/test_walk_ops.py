@@ -77,6 +77,22 @@ def test_rows_with_halves_and_tiny_weights(dtype, columns):
         both({**made, "weight": made["weight"].transpose(1, 2).contiguous()}, 1, True)
 
 
+@pytest.mark.parametrize("entries", [1, 9])
+@pytest.mark.parametrize("off", [0.0, 2.0**-52, -(2.0**-52), 2.0**-21, -(2.0**-21), 2.0**-19])
+def test_sums_beside_a_power_of_two(off, entries):
+    """Where the sum of a row, or of a kernel, leaves its scale open."""
+    for columns in (4, 64, 700):
+        row = torch.full((columns, entries), 1.0 / (columns * entries), dtype=torch.float64)
+        row[0] += off / entries
+        for dtype in (torch.float64, torch.float32):
+            for scale in (1.0, 2.0**-990, 2.0**-120, 2.0**120):
+                weight = (row * scale).to(dtype)[None, None]
+                if not bool((weight > 0).any()):
+                    continue
+                made = {"weight": weight, "units": torch.zeros(500, dtype=torch.int64), "walks": torch.arange(500)}
+                both(made | {"gain": None, "valid": None}, 1, False)
+
+
 def test_the_definition_is_the_smallest_index_whose_cdf_exceeds_the_word():
     weight = torch.randn(1, 9, 6, 1, dtype=torch.float64)
     units, walks = torch.arange(6).repeat(50), torch.arange(300)
@@ -192,6 +208,25 @@ BAD_STEPS = {
     "gain": ({"gain": torch.ones(4, dtype=torch.float64)}, r"float64 \[3\]"),
     "valid": ({"valid": torch.ones(2, dtype=torch.bool)}, r"bool \[1\]"),
 }
+
+
+def test_marks_are_the_same_however_far_the_target(device):
+    """Walks are marked step by step where they cannot reach the target, and one by one where they can."""
+    made = torch.Generator().manual_seed(0)
+    edges = torch.randint(-1, 50_000, (12_000, 3), generator=made)
+    seen: set[int] = set()
+    taken = []  # how many weights the first walks take
+    for walk in edges.tolist():
+        seen.update(place for place in walk if place >= 0)
+        taken.append(len(seen))
+    for target in (1, 100, 191, 192, 193, 5_000, 12_288, 20_000, taken[-1], taken[-1] + 1):
+        walks = next((n + 1 for n, count in enumerate(taken) if count >= target), len(taken))
+        bits = torch.zeros(50_000 // 64 + 1, dtype=torch.int64, device=device)
+        used, marked = walk_ops.walk_mark_(bits, edges.to(device), target).tolist()
+        assert (used, marked) == (walks, taken[walks - 1])
+        wanted = torch.zeros_like(bits)
+        walk_ops.walk_mark_(wanted, edges[:walks].to(device), 10**9)
+        assert torch.equal(bits, wanted)
 
 
 @pytest.mark.parametrize("name", BAD_STEPS)

@@ -130,7 +130,7 @@ class Walks(WalkMasks):
         plan = {}
         for k in self.graph.order:
             at_synapse = not ahead and k in self.graph.sites
-            ways = [*self.graph.back[k]] if at_synapse else self.chances.ways(k, ahead)
+            ways: list[Edge | None] = [*self.graph.back[k]] if at_synapse else self.chances.ways(k, ahead)
             several = len(ways) > 1 and not at_synapse
             crossing = _Crossing(ways, self._branch_table(self.chances.branch(k, ahead)[1]) if several else None)
             for place, edge in enumerate(crossing.ways):
@@ -308,11 +308,11 @@ class Walks(WalkMasks):
                 if k in rate:
                     rate[k] += share[k] / 2
                 crossing = self._crossings[ahead][k]
-                parts = [1.0]
+                parts = [1.0] * len(crossing.ways)
                 if crossing.branch is not None:
                     weights = self.chances.branch(k, ahead)[1]
                     parts = (weights / weights.sum(1, keepdim=True)).nan_to_num(0.0).mean(0).tolist()
-                for edge, part in zip(crossing.ways, parts):
+                for edge, part in zip(crossing.ways, parts, strict=True):
                     if edge is not None:
                         share[edge.target if ahead else edge.source] += share[k] * part
         return rate
