@@ -155,6 +155,22 @@ def test_a_guess_that_misses_changes_nothing():
         assert select(source, 5000, Bracket(Real.of(lo), Real.of(hi))) == exact
 
 
+@pytest.mark.parametrize("off", [-0.01, 0.01, -0.05, 0.05, -0.2, 0.2])
+def test_what_lies_beside_a_guess_is_looked_at_before_a_histogram_is_made(off, monkeypatch):
+    generator = torch.Generator().manual_seed(4)
+    sources = [Scores(f"w{n}", torch.rand(1, n, 400, generator=generator), 400) for n in (300, 3)]
+    wanted = select(sources, 5_000)
+    centre = wanted.value.log2() + off
+    lo, hi = (Real.of(1.0).times_power(centre + side) for side in (-0.008, 0.008))
+    if abs(off) < 0.1:
+
+        def histogram(self, stride):
+            raise AssertionError("a histogram was made")
+
+        monkeypatch.setattr(Scores, "histogram", histogram)
+    assert select(sources, 5_000, Bracket(lo, hi)) == wanted
+
+
 def test_selects_from_products_without_writing_them():
     generator = torch.Generator().manual_seed(5)
     w = torch.randn(1, 120, 77, generator=generator)

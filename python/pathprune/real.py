@@ -37,6 +37,11 @@ class Real:
     def log2(self) -> float:
         return math.log2(self.mantissa) + self.exponent if self.mantissa > 0 else -math.inf
 
+    def times_power(self, octaves: float) -> Real:
+        """Itself times ``2^octaves``, rounded."""
+        whole = math.floor(octaves)
+        return Real.of(self.mantissa * 2.0 ** (octaves - whole), self.exponent + whole)
+
     def at_least(self, exponent: int, dtype: torch.dtype) -> float:
         """The smallest value v of ``dtype`` with ``v * 2^exponent >= self``."""
         return self._bound(exponent, dtype, strict=False)

@@ -135,6 +135,14 @@ class Bracket:
         above = self.hi.above(scores.exponent, scores.dtype)
         return lo, next_below(above, scores.dtype)  # v <= hi exactly when v < above
 
+    def beside(self, above: bool) -> Bracket | None:
+        """The interval next to it, four times as wide in octaves; None where that has no meaning."""
+        octaves = 4 * (self.hi.log2() - self.lo.log2())
+        if not 0 < octaves < math.inf:
+            return None
+        far = (self.hi if above else self.lo).times_power(octaves if above else -octaves)
+        return Bracket(self.hi, far) if above else Bracket(far, self.lo)
+
 
 @dataclass(frozen=True)
 class Collected:

@@ -16,7 +16,7 @@ Bytes: one read of what the scores are made of per pass; two or three passes col
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -57,13 +57,16 @@ def select(
         raise ValueError(f"select: keep: wanted >= 0, got {keep}")
     if not sources:
         raise ValueError("select: sources: wanted at least one tensor of scores, got none")
-    for bracket in _brackets(sources, keep, guess, group):
+    brackets = _brackets(sources, keep, guess, group)
+    bracket = next(brackets)
+    while True:
         if bracket is not guess or collected is None:
             collected = [source.collect(bracket, source.capacity) for source in sources]
-        threshold = _resolve(sources, keep, _tallied(collected, sources, group), group)
+        tally = _tallied(collected, sources, group)
+        threshold = _resolve(sources, keep, tally, group)
         if threshold is not None:
             return threshold
-    raise AssertionError("bisection ended without a threshold")
+        bracket = brackets.send(tally)
 
 
 def select_threshold(
@@ -180,10 +183,20 @@ def _all_of(values: list[Tensor], group: Group) -> list[Tensor]:
     return [torch.cat(of_source) for of_source in zip(*parts, strict=True)]
 
 
-def _brackets(sources: Sequence[Scores], keep: int, guess: Bracket | None, group: Group):
-    """Guesses, each likelier than the last; then what the histogram's best bin was, halved until it is small."""
+def _brackets(
+    sources: Sequence[Scores], keep: int, guess: Bracket | None, group: Group
+) -> Generator[Bracket, _Tally, None]:
+    """Guesses, each likelier than the last; then what the histogram's best bin was, halved until it is small.
+
+    It is sent what was found in each.
+    """
     if guess is not None:
-        yield guess
+        tally = yield guess
+        is_above = keep <= tally.total(0)
+        if is_above or keep > tally.total(0) + tally.total(1):  # missed, not too full
+            beside = guess.beside(is_above)
+            if beside is not None:
+                yield beside
     if keep == 0:
         yield Bracket(Real(math.inf, 0), Real(math.inf, 0))
         return
@@ -202,7 +215,7 @@ def _over_ranks(count: int, sources: Sequence[Scores], group: Group) -> int:
     return count if group.size == 1 else int(group.sum_(torch.tensor(count, device=sources[0].weight.device)))
 
 
-def _bisected(sources: Sequence[Scores], keep: int, bracket: Bracket, group: Group):
+def _bisected(sources: Sequence[Scores], keep: int, bracket: Bracket, group: Group) -> Generator[Bracket, _Tally, None]:
     """Halves a bracket that holds too many scores to collect (large groups of ties) by counting alone.
 
     It begins with all scores where the bracket does not hold the threshold: bins of the tiniest scores of tensors with

@@ -325,7 +325,7 @@ class Forecast:
 
     Its logarithm is continued by a line or a parabola, over the rounds (an exponential schedule late) or over the
     logarithm of what is gone (small scores are spread evenly, so early thresholds grow with it): whichever came
-    closer lately, give or take twice the error it made.
+    closer lately, give or take three times the error it made.
     """
 
     _WAYS = ((0, 2), (0, 3), (1, 2), (1, 3))  # (coordinate, points)
@@ -358,7 +358,7 @@ class Forecast:
         if not known:
             return None
         best = min(known, key=lambda which: self._errors[which])
-        width = min(max(2.0 * self._errors[best], 0.002), 0.5)
+        width = min(max(3.0 * self._errors[best], 0.003), 0.5)
         return Bracket(_power(known[best] - width), _power(known[best] + width))
 
     def observe(self, density: float, threshold: Real) -> None:
@@ -371,7 +371,7 @@ class Forecast:
         for which in range(len(self._WAYS)):
             expected = self._continued(which, density)
             if expected is not None:
-                self._errors[which] = max(abs(level - expected), 0.6 * self._errors.get(which, 0.0))
+                self._errors[which] = max(abs(level - expected), 0.8 * self._errors.get(which, 0.0))
         self._points = [(self._place(density), level), *self._points[:2]]
 
 
