@@ -84,6 +84,21 @@ def test_products_are_read_from_the_code(case):
     assert expert_matrices(copy.deepcopy(module).to("meta")) == wanted
 
 
+def test_weights_that_are_offloaded_are_not_copied():
+    """Accelerate's hook holds all weights of the model, also those in memory."""
+    accelerate = pytest.importorskip("accelerate")
+    module, _ = module_of("bmm")
+    model = nn.Sequential(module, nn.Linear(OUT, 2))
+
+    class Kept(dict):
+        def __deepcopy__(self, memo):
+            pytest.fail("the weights were copied")
+
+    kept = Kept({name: tensor.clone() for name, tensor in model.state_dict().items()})
+    accelerate.cpu_offload(model, state_dict=kept)
+    assert module.w.is_meta and expert_matrices(module) == {"w": True}
+
+
 @pytest.mark.parametrize("case", [*TRANSPOSED, *STRAIGHT])
 def test_they_are_pruned_as_linear_layers_are(case):
     """By rows and n:m, an expert's mask is that of a linear layer with its matrix."""

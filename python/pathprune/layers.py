@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 
 from .exporting import canonical_names
 from .network import PathNetwork
+from .structure import rebuilt
 
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
@@ -109,11 +110,12 @@ class _Reader(fx.Tracer):
 
 def _multiplied_by(module: nn.Module, names: Collection[str]) -> dict[str, bool]:
     """Of parameters [experts, ., .], those that are the second factor of products, always the same way round."""
-    tensors: list[Tensor] = [*module.parameters(), *module.buffers()]
     try:
-        # A copy of all but the tensors: what the code sets, or appends to, is not the model's.
+        # A copy of all but the tensors, and without hooks that hold them: what the code sets is not the model's.
+        own = rebuilt(module, {})
+        tensors: list[Tensor] = [*own.parameters(), *own.buffers()]
         with torch.random.fork_rng(devices=[]):
-            graph = _Reader().trace(copy.deepcopy(module, {id(tensor): tensor for tensor in tensors}))
+            graph = _Reader().trace(copy.deepcopy(own, {id(tensor): tensor for tensor in tensors}))
     except Exception:  # code that depends on values fails in many ways
         return {}
     found: dict[str, set[bool]] = {}
