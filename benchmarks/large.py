@@ -138,6 +138,17 @@ def measure(folder: Path, method: str, scope: str, budget: int) -> dict[str, Any
     }
 
 
+def save(path: Path, result: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Adds a result, in place of one of the same case; each keeps when it was run, and on how many cores."""
+    before = json.loads(path.read_text()) if path.exists() else {"results": [], "machine": facts}
+    own, theirs = ({name: about[name] for name in ("date", "usable_cores")} for about in (facts, before["machine"]))
+    known = [{**theirs, **old} for old in before["results"]]
+    same = ("shape", "method", "scope", "budget")
+    known = [old for old in known if any(old[key] != result[key] for key in same)]
+    results = [*known, {**result, **own}]
+    path.write_text(json.dumps({"machine": facts, "results": results}, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="1.1b")
@@ -160,11 +171,7 @@ def main() -> None:
     print(f"  {result['seconds']:.1f} s, {result['over_copying_once']:.1f} times copying the shards, ", end="")
     print(f"{result['over_reading_once']:.1f} times reading them (from the system's file cache, where it has them)")
     if given.save:
-        path = RESULTS / f"large.{machine_name()}.json"
-        known = json.loads(path.read_text())["results"] if path.exists() else []
-        same = ("shape", "method", "scope", "budget")
-        known = [old for old in known if any(old[key] != result[key] for key in same)]
-        path.write_text(json.dumps({"machine": machine_facts(), "results": [*known, result]}, indent=1) + "\n")
+        save(RESULTS / f"large.{machine_name()}.json", result, machine_facts())
 
 
 if __name__ == "__main__":

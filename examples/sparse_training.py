@@ -1,11 +1,12 @@
 """Trains a network that was pruned at initialization twice: masked dense, and sparse.
 
 python examples/sparse_training.py [--density 0.05] [--width 1024] [--epochs 5] [--method synflow,phew]
-                                   [--data folder]
+                                   [--data folder [--images 10000] [--size 64]]
 
 Both runs see the same batches in the same order from the same weights; their losses agree within rounding.
 Prints time per step and accuracy of both, and the peak memory of a training run beyond what was held before.
-Digits come with scikit-learn; --data names a folder with the binary files of CIFAR-10. Nothing is downloaded.
+Digits come with scikit-learn; --data names a folder with CIFAR-10, CIFAR-100 (binary versions), Tiny-ImageNet or
+pictures by class (train/CLASS/*, val/CLASS/*), of which --images at most are held in memory. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +29,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import pathprune as pp
-from pathprune.data import Split, cifar10, digits
+from pathprune.data import Split, digits, open_images
 from pathprune.models import mlp
 
 METHODS = {"synflow": pp.SynFlow(rounds=100), "phew": pp.PHEW(), "magnitude": pp.Magnitude(), "random": pp.Random()}
@@ -42,6 +44,13 @@ class Run:
     accuracy: float
 
 
+def images_of(options: argparse.Namespace) -> Split:
+    """The images that the command line names, as many of each class to train on and to test on."""
+    if options.data is None:
+        return digits()
+    return open_images(options.data, options.size).split(options.images, options.images)
+
+
 def flat(data: Split) -> Split:
     return Split(data.train_images.flatten(1), data.train_labels, data.test_images.flatten(1), data.test_labels)
 
@@ -49,7 +58,7 @@ def flat(data: Split) -> Split:
 def pruned(method: str, width: int, density: float, data: Split) -> tuple[nn.Module, pp.Masks]:
     """A multilayer perceptron at its initialization with masks applied, and these."""
     torch.manual_seed(0)
-    model = mlp((data.train_images.shape[1], width, width, 10))
+    model = mlp((data.train_images.shape[1], width, width, data.classes))
     made = pp.prune(model, METHODS[method], density=density, example_input=data.train_images[:1], progress=False)
     assert isinstance(made, pp.Masks)
     made.apply_(model)
@@ -90,22 +99,25 @@ def peak_of(options: argparse.Namespace, method: str, kind: str) -> float:
     command = [sys.executable, __file__, "--peak", kind, "--method", method, "--epochs", "1"]
     for name in ("width", "density", "batch"):
         command += [f"--{name}", str(getattr(options, name))]
-    command += [] if options.data is None else ["--data", str(options.data)]
+    for name in ("data", "images", "size"):
+        command += [] if getattr(options, name) is None else [f"--{name}", str(getattr(options, name))]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(done.stdout.split()[-1])
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--density", type=float, default=0.05)
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--method", default="synflow")
-    parser.add_argument("--data", type=Path, help="a folder with CIFAR-10; else digits")
+    parser.add_argument("--data", type=Path, help="a folder with images; else digits")
+    parser.add_argument("--images", type=int, default=10_000, help="of --data, to train on and to test on at most")
+    parser.add_argument("--size", type=int, help="pixels of a side that pictures of --data are resized to")
     parser.add_argument("--peak", choices=("dense", "sparse"), help="train once and print the peak memory in MB")
-    options = parser.parse_args()
-    data = flat(digits() if options.data is None else cifar10(options.data))
+    options = parser.parse_args(arguments)
+    data = flat(images_of(options))
     if options.peak:
         model, masks = pruned(options.method, options.width, options.density, data)
         gc.collect()

@@ -24,7 +24,7 @@ LARGEST = math.floor(100 * math.log10(WEIGHTS / LAYERS)) / 100  # one weight for
 LEVELS = (1.0, 2.0, 2.5, 3.0, 3.5, LARGEST)
 
 
-def cases(quick: bool, seeds: int, task: str) -> list[Case]:
+def cases(quick: bool, seeds: int, task: Case) -> list[Case]:
     methods = ("PHEW", "magnitude") if quick else tuple(METHODS)
     levels = (1.0, 3.0) if quick else LEVELS
     epochs = 1 if quick else 10

@@ -33,7 +33,7 @@ PREDICTIONS = {
 STRONG = 0.5  # a rank correlation that counts as a prediction
 
 
-def cases(quick: bool, seeds: int, task: str) -> list[Case]:
+def cases(quick: bool, seeds: int, task: Case) -> list[Case]:
     sizes = {"samples": 10, "steps": 3, "width": 12} if quick else {"samples": 24, "steps": 60, "width": 48}
     return [
         {"method": method, "density": density, "seed": seed, **sizes}

@@ -41,8 +41,8 @@ class Experiment:
     Attributes:
         name: on the command line, and of its files.
         claim: what the paper says, and which paper.
-        setting: what is done here instead.
-        cases: ``cases(quick, seeds, task)``, all cases; ``task`` replaces the drawn images.
+        setting: what is done here instead; "{images}" in it stands for the images.
+        cases: ``cases(quick, seeds, task)``, all cases; ``task`` is what they have of the images (``training.DRAWN``).
         run: ``run(case, folder)``, the result of one case; ``folder`` has the files of a task on disk.
         table: head and rows of text. plot: draws into a figure of ``size`` inches. findings: from the numbers alone.
     """
@@ -51,7 +51,7 @@ class Experiment:
     title: str
     claim: str
     setting: str
-    cases: Callable[[bool, int, str], list[Case]]
+    cases: Callable[[bool, int, Case], list[Case]]
     run: Callable[[Case, Path | None], dict[str, Any]]
     table: Callable[[Sequence[Row]], tuple[list[str], list[list[str]]]]
     plot: Callable[[Sequence[Row], Figure], None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from .experiment import (
     Row,
     curves,
     distinct,
+    key_of,
     log_densities,
     mean,
     pairs,
@@ -34,8 +36,10 @@ STARTS = ("fresh", "pre-trained")
 DENSITIES = (0.1, 0.02)
 
 
-def cases(quick: bool, seeds: int, task: str) -> list[Case]:
-    pretraining = image_case(quick, task)
+def cases(quick: bool, seeds: int, task: Case) -> list[Case]:
+    about = image_case(quick, task)
+    source = {f"source_{name}": value for name, value in about.items() if name not in ("task", "size")}
+    source |= {"source": about["task"], "size": about["size"]}
     sizes = {"few": 200, "epochs": 1} if quick else {"few": 300, "epochs": 15}
     return [
         {
@@ -43,11 +47,8 @@ def cases(quick: bool, seeds: int, task: str) -> list[Case]:
             "start": start,
             "density": density,
             "seed": seed,
-            "source": task,
             **sizes,
-            "source_images": pretraining["images"],
-            "source_epochs": pretraining["epochs"],
-            "size": 16,
+            **source,
         }
         for start in STARTS
         for method in ((("PX",) if start == "fresh" else ("SNIP",)) if quick else METHODS)
@@ -57,20 +58,23 @@ def cases(quick: bool, seeds: int, task: str) -> list[Case]:
 
 
 @functools.lru_cache(maxsize=4)
-def pretrained(source: str, images: int, epochs: int, size: int, seed: int, folder: Path | None) -> dict[str, Tensor]:
-    """The network's state after training on the source task."""
-    given = {"task": source, "images": images, "size": size, "seed": seed}
-    model = small_vgg(seed)
-    train(model, split_of(given, folder), None, seed, epochs)
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+def pretrained(source: str, folder: Path | None) -> dict[str, Tensor]:
+    """The network's state after training on the source task, a case as text; a head for other classes is left out."""
+    case = json.loads(source)
+    data = split_of(case, folder)
+    model = small_vgg(case["seed"], data.classes)
+    train(model, data, None, case["seed"], case["epochs"])
+    shapes = {name: tensor.shape for name, tensor in small_vgg(case["seed"]).state_dict().items()}
+    return {name: tensor.clone() for name, tensor in model.state_dict().items() if tensor.shape == shapes[name]}
 
 
 def run(case: Case, folder: Path | None) -> dict[str, Any]:
     data = handwritten(case["size"], case["few"], case["seed"])
     model, batches = small_vgg(case["seed"]), scoring_data(data)
     if case["start"] == "pre-trained":
-        sizes = (case["source_images"], case["source_epochs"], case["size"])
-        model.load_state_dict(pretrained(case["source"], *sizes, case["seed"], folder))
+        source = {name.removeprefix("source_"): case[name] for name in case if name.startswith("source_")}
+        source |= {"task": case["source"], "size": case["size"], "seed": case["seed"]}
+        model.load_state_dict(pretrained(key_of(source), folder), strict=False)
     masks = masks_of(model, case["method"], case["density"], case["seed"], batches)
     result = {}
     if case["method"] == "PX":
@@ -132,8 +136,8 @@ EXPERIMENT = Experiment(
     title="PX, fresh and pre-trained",
     claim="PX keeps better subnetworks than SynFlow, SNIP, GraSP and NTK-SAP at high sparsity, of fresh and of "
     "pre-trained weights, which then transfer (Iurada, Ciccone and Tommasi 2024, arXiv:2406.01820).",
-    setting="VGG of four convolutions; fresh, or trained for six epochs on 2,000 drawn images; pruned on, and "
-    "fine-tuned for 15 epochs with, 300 handwritten digits enlarged to 16 x 16.",
+    setting="VGG of four convolutions; fresh, or trained for six epochs on {images}; pruned on, and "
+    "fine-tuned for 15 epochs with, 300 handwritten digits enlarged to the same size.",
     cases=cases,
     run=run,
     table=table,

@@ -34,7 +34,7 @@ METHODS: dict[str, Any] = {
 DENSITIES = (0.1, 0.02, 0.005)
 
 
-def cases(quick: bool, seeds: int, task: str) -> list[Case]:
+def cases(quick: bool, seeds: int, task: Case) -> list[Case]:
     return [
         image_case(quick, task, method=method, density=density, seed=seed)
         for method in (("PHEW", "SynFlow-L2") if quick else METHODS)
@@ -45,7 +45,7 @@ def cases(quick: bool, seeds: int, task: str) -> list[Case]:
 
 def run(case: Case, folder: Path | None) -> dict[str, Any]:
     data = split_of(case, folder)
-    model = small_vgg(case["seed"])
+    model = small_vgg(case["seed"], data.classes)
     batches = scoring_data(data)
     masks = masks_of(model, METHODS[case["method"]], case["density"], case["seed"], batches)
     network = pp.PathNetwork.from_module(model, data.train_images[:1])
@@ -120,8 +120,8 @@ EXPERIMENT = Experiment(
     claim="SynFlow-L2 raises the path kernel's trace but leaves narrow layers; PHEW keeps them wide at a trace "
     "above that of random masks, and is more accurate than both at a wide range of densities (Patil and "
     "Dovrolis 2021, arXiv:2010.11354).",
-    setting="VGG of four convolutions, 60,976 weights, six epochs on 2,000 drawn images. Two forms of SynFlow-L2 "
-    "(the layer-conservative one and that of PHEW's code).",
+    setting="VGG of four convolutions (60,976 weights for ten classes), six epochs on {images}. Two forms of "
+    "SynFlow-L2 (the layer-conservative one and that of PHEW's code).",
     cases=cases,
     run=run,
     table=table,

@@ -30,7 +30,7 @@ OFF_EDGE = {"scale": 0.8, "bias": 0.3}  # the ordered phase: of the edge's devia
 TREATMENTS = ("dense", "SBP", "SBP, rescaled")
 
 
-def cases(quick: bool, seeds: int, task: str) -> list[Case]:
+def cases(quick: bool, seeds: int, task: Case) -> list[Case]:
     depths = {"tanh MLP": DEPTHS, "relu MLP": DEPTHS[:1], "ResNet": DEPTHS[1:], "Stable ResNet": DEPTHS[1:]}
     if quick:
         depths = dict.fromkeys(depths, (8,))

@@ -10,7 +10,7 @@ import pathprune as pp
 from pathprune.models import he_init
 
 from .experiment import Case, Experiment, Finding, Row, bars, distinct, pairs, shown, where
-from .training import CLASSES, METHODS, image_case, masks_of, scoring_data, small_vgg, split_of, trained_accuracy
+from .training import METHODS, image_case, masks_of, scoring_data, small_vgg, split_of, trained_accuracy
 
 CHECKED = ("SynFlow", "PHEW", "SNIP", "GraSP", "magnitude")
 WITH_LABELS = ("SNIP", "GraSP")
@@ -24,7 +24,7 @@ def checks_of(method: str) -> list[str]:
     return [check for check in CHECKS if check not in without and (method, check) != ("PHEW", "inverted")]
 
 
-def cases(quick: bool, seeds: int, task: str) -> list[Case]:
+def cases(quick: bool, seeds: int, task: Case) -> list[Case]:
     return [
         image_case(quick, task, method=method, check=check, density=0.05, seed=seed)
         for method in (("SNIP",) if quick else CHECKED)
@@ -35,8 +35,8 @@ def cases(quick: bool, seeds: int, task: str) -> list[Case]:
 
 def run(case: Case, folder: Path | None) -> dict[str, Any]:
     data, check = split_of(case, folder), case["check"]
-    model, batches = small_vgg(case["seed"]), scoring_data(data)
-    scored = list(pp.random_labels(batches, CLASSES, case["seed"])) if check == "random labels" else batches
+    model, batches = small_vgg(case["seed"], data.classes), scoring_data(data)
+    scored = list(pp.random_labels(batches, data.classes, case["seed"])) if check == "random labels" else batches
     pruner = METHODS[case["method"]](scored)
     masks = masks_of(
         model, pp.Inverted(pruner) if check == "inverted" else pruner, case["density"], case["seed"], batches
@@ -89,7 +89,7 @@ EXPERIMENT = Experiment(
     "shuffled within layers, when the weights are drawn anew, or when scores are made with random labels; "
     "inverted scores do worse (Frankle et al. 2021, arXiv:2009.08576; Su et al. 2020, arXiv:2009.11094). "
     "PHEW was not among them.",
-    setting="VGG of four convolutions, density 5 %, six epochs on 2,000 drawn images. With so few seeds *agrees* "
+    setting="VGG of four convolutions, density 5 %, six epochs on {images}. With so few seeds *agrees* "
     "with 'loses nothing' says that no clear loss was seen, not that there is none.",
     cases=cases,
     run=run,

@@ -28,7 +28,7 @@ DATA_FREE = BASES[:3]
 DENSITIES = (0.05, 0.01)
 
 
-def cases(quick: bool, seeds: int, task: str) -> list[Case]:
+def cases(quick: bool, seeds: int, task: Case) -> list[Case]:
     return [
         image_case(quick, task, base=base, chosen=chosen, density=density, seed=seed)
         for base in (("magnitude",) if quick else BASES)
@@ -40,7 +40,7 @@ def cases(quick: bool, seeds: int, task: str) -> list[Case]:
 
 def run(case: Case, folder: Path | None) -> dict[str, Any]:
     data = split_of(case, folder)
-    model, batches = small_vgg(case["seed"]), scoring_data(data)
+    model, batches = small_vgg(case["seed"], data.classes), scoring_data(data)
     base = METHODS[case["base"]](batches)
     pruner = pp.Sketch(base) if case["chosen"] == "drawn" else base
     masks = masks_of(model, pruner, case["density"], case["seed"], batches)
@@ -91,7 +91,7 @@ EXPERIMENT = Experiment(
     title="Sketching: top-k against sampling",
     claim="A mask drawn at random with probabilities given by a method's scores is better than one of its "
     "largest scores, in the data-free case (Bar and Giryes 2023, arXiv:2305.17559).",
-    setting="VGG of four convolutions, six epochs on 2,000 drawn images. Draws are global and without "
+    setting="VGG of four convolutions, six epochs on {images}. Draws are global and without "
     "replacement; methods of many rounds draw in the last one.",
     cases=cases,
     run=run,

@@ -32,7 +32,7 @@ LATE = "magnitude after training"
 DENSITIES = (0.05, 0.01)
 
 
-def cases(quick: bool, seeds: int, task: str) -> list[Case]:
+def cases(quick: bool, seeds: int, task: Case) -> list[Case]:
     mining = {"mining_epochs": 2, "periods": 2} if quick else {"mining_epochs": 12, "periods": 4}
     kept = (0.05,) if quick else DENSITIES
     settings = [("dense", 1.0)]
@@ -48,7 +48,7 @@ def cases(quick: bool, seeds: int, task: str) -> list[Case]:
 
 def run(case: Case, folder: Path | None) -> dict[str, Any]:
     data, method = split_of(case, folder), case["method"]
-    model, batches = small_vgg(case["seed"]), scoring_data(data)
+    model, batches = small_vgg(case["seed"], data.classes), scoring_data(data)
     density, seed = case["density"], case["seed"]
     masks = None
     if method == TRAINED:
@@ -115,7 +115,7 @@ EXPERIMENT = Experiment(
     title="A trained mask as the ceiling",
     claim="a mask found by training scores of frozen weights (Gem-Miner) beats SNIP, SynFlow and other masks "
     "made at initialization (Sreenivasan et al. 2022, arXiv:2202.12002).",
-    setting="VGG of four convolutions, 2,000 drawn images. Scores are trained for 12 epochs in four periods; all "
+    setting="VGG of four convolutions, {images}. Scores are trained for 12 epochs in four periods; all "
     "networks are then trained for six epochs from the weights as they were drawn, but magnitude after "
     "training, which goes on from six epochs of dense training.",
     cases=cases,

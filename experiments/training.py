@@ -7,6 +7,7 @@ have CIFAR's shape, three channels of ``size`` x ``size`` in [0, 1].
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -17,11 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pathprune as pp
-from pathprune.data import Split, cifar10, digits
+from pathprune.data import Images, ImageTask, Split, digits, open_images
 from pathprune.demo import train
 from pathprune.models import conv_bn, he_init
 
+from .experiment import Case
+
 CLASSES = 10
+DRAWN: Case = {"task": "shapes", "size": 16}  # what cases have of the drawn images
 Batches = list[tuple[Tensor, Tensor]]
 
 # ------------------------------------------------------------------------------------------------------- tasks
@@ -80,30 +84,53 @@ def handwritten(size: int, train_images: int, seed: int) -> Split:
     return Split(enlarged(data.train_images[few]), data.train_labels[few], enlarged(data.test_images), data.test_labels)
 
 
-def split_of(case: dict, folder: Path | None = None) -> Split:
-    """The task that a case names: "digits", "shapes" or "cifar10" (``folder`` has its files)."""
+def task_of(folder: Path, size: int | None = None) -> Case:
+    """What cases have of the images in a folder (``open_images``): kind, classes, size, and a digest of the labels."""
+    found = open_images(folder, size)
+    return {"task": found.kind, "classes": len(found.classes), "size": found.size, "data": found.digest()}
+
+
+def split_of(case: Case, folder: Path | None = None) -> Split:
+    """The task that a case names: "digits", "shapes", or images in ``folder``: a class-balanced part for its seed.
+
+    Raises:
+        ValueError: no folder, or one with other images than the case's.
+    """
     if case["task"] == "digits":
         return digits(case["seed"])
     if case["task"] == "shapes":
         return shapes(case["images"], 600, case["size"], case["seed"])
-    if case["task"] != "cifar10":
-        raise ValueError(f"experiments: task: wanted 'digits', 'shapes' or 'cifar10', got {case['task']!r}")
     if folder is None:
-        raise ValueError("experiments: task 'cifar10' wanted --data FOLDER with its binary files, got none")
-    data = cifar10(folder)
-    first = slice(0, case["images"])
-    return Split(data.train_images[first], data.train_labels[first], data.test_images, data.test_labels)
+        raise ValueError(f"experiments: task '{case['task']}': wanted --data FOLDER with its files, got none")
+    found = opened(folder, case["size"])
+    if (found.kind, found.digest()) != (case["task"], case["data"]):
+        raise ValueError(f"experiments: task '{case['task']}' {case['data']}: {folder} has other images, {found.kind}")
+    train = part(folder, case["size"], True, case["images"], case["seed"])
+    test = part(folder, case["size"], False, case["tested"], 0)
+    return Split(*train[:], *test[:])
+
+
+@functools.lru_cache(maxsize=1)
+def opened(folder: Path, size: int) -> ImageTask:
+    return open_images(folder, size)
+
+
+@functools.lru_cache(maxsize=4)
+def part(folder: Path, size: int, is_train: bool, count: int, seed: int) -> Images:
+    """Decoded once for all methods: the test images, and those to train on of a few seeds, as bytes."""
+    task = opened(folder, size)
+    return (task.train if is_train else task.test).at_most(count, seed).held()
 
 
 # ---------------------------------------------------------------------------------------------------- networks
 
 
-def small_vgg(seed: int, width: int = 16) -> nn.Sequential:
-    """Four convolutions with batch norm and a linear layer: 61,232 weights at width 16."""
+def small_vgg(seed: int, classes: int = CLASSES, width: int = 16) -> nn.Sequential:
+    """Four convolutions with batch norm and a linear layer, for images of any size: 60,976 weights for ten classes."""
     torch.manual_seed(seed)
     layers = [*conv_bn(3, width), nn.ReLU(), nn.MaxPool2d(2), *conv_bn(width, 2 * width), nn.ReLU(), nn.MaxPool2d(2)]
     layers += [*conv_bn(2 * width, 4 * width), nn.ReLU(), *conv_bn(4 * width, 4 * width), nn.ReLU()]
-    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * width, CLASSES)]
+    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * width, classes)]
     return he_init(nn.Sequential(*layers))
 
 
@@ -140,8 +167,9 @@ METHODS: dict[str, Callable[[Batches], pp.Pruner]] = {
 
 
 def scoring_data(data: Split) -> Batches:
-    """Ten images of each class, as the published runs of data-driven methods take."""
-    return pp.class_balanced([(data.train_images, data.train_labels)], 10, CLASSES)
+    """Ten images of each class, as the published runs of data-driven methods take, or as many as there are."""
+    fewest = int(torch.bincount(data.train_labels).min())
+    return pp.class_balanced([(data.train_images, data.train_labels)], min(10, fewest), data.classes)
 
 
 def masks_of(model: nn.Module, method: str | pp.Pruner, density: float, seed: int, batches: Batches) -> pp.Masks:
@@ -154,14 +182,20 @@ def masks_of(model: nn.Module, method: str | pp.Pruner, density: float, seed: in
     return made
 
 
-def trained_accuracy(model: nn.Module, data: Split, masks: pp.Masks | None, case: dict) -> float:
+def trained_accuracy(model: nn.Module, data: Split, masks: pp.Masks | None, case: Case) -> float:
     """Applies the masks, trains the model in place for ``case["epochs"]`` with zeros kept; test accuracy at the end."""
     if masks is not None:
         masks.apply_(model, base="ignore")
     return train(model, data, masks, case["seed"], case["epochs"], case.get("rate", 0.1))[-1]
 
 
-def image_case(quick: bool, task: str, **given: object) -> dict:
-    """A case of the small VGG on images: ``given`` (method, density, seed, ...) and the sizes."""
-    sizes = {"images": 200, "epochs": 1} if quick else {"images": 2000, "epochs": 6}
-    return {"task": task, **given, **sizes, **({"size": 16} if task == "shapes" else {})}
+def image_case(quick: bool, task: Case, **given: object) -> Case:
+    """A case of the small VGG on images: ``given`` (method, density, seed, ...), what the task is, and the sizes.
+
+    Of images in a folder as many as of the drawn ones, or ten of each class (``quick``: one); up to 2,000 are tested.
+    """
+    sizes: Case = {"images": 200, "epochs": 1} if quick else {"images": 2000, "epochs": 6}
+    if "classes" in task:
+        most = sizes["images"]
+        sizes |= {"images": max(most, (1 if quick else 10) * task["classes"]), "tested": max(most, task["classes"])}
+    return {**task, **given, **sizes}

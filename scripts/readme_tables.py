@@ -301,15 +301,16 @@ def checkpoints() -> str:
     rows = []
     for row in sorted(found["results"], key=lambda row: (row["shape"], row["method"], row["scope"])):
         scope = "" if row["scope"] == "global" else f", {row['scope']}"
-        model = "a Mixtral of 1 B, " if row["shape"] == "1b-experts" else ""
+        model = {"1.1b": "Llama of 1.1 B", "1b-experts": "Mixtral of 1 B"}[row["shape"]]
         beyond = row["peak"] - row["start"]
         rows.append(
-            [f"{model}{row['method']}{scope}", megabytes(row["peak"]), megabytes(beyond),
+            [f"{model}, {row['method']}{scope}", megabytes(row["peak"]), megabytes(beyond),
              megabytes(row["beyond_shard"]), span(row["seconds"]), times(row["over_copying_once"])]
         )  # fmt: skip
-    head = ["1.1 B Llama from file to file", "peak", "beyond Python and torch", "beyond the largest shard", "time"]
-    about = Suite({**found["machine"], "benchmark": "large", "results": []})
-    return table([*head, "over copying the shards"], rows) + caption(about)
+    head = ["from file to file", "peak", "beyond Python and torch", "beyond the largest shard", "time"]
+    dates = sorted({row.get("date", found["machine"]["date"]) for row in found["results"]})
+    abouts = [Suite({**found["machine"], "benchmark": "large", "results": [], "date": date}) for date in dates]
+    return table([*head, "over copying the shards"], rows) + caption(*abouts)
 
 
 def nas() -> str:

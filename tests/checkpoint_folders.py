@@ -73,6 +73,22 @@ def gpt_oss() -> nn.Module:
     return GptOssForCausalLM(GptOssConfig(vocab_size=64, pad_token_id=0, **sizes, **heads, **experts)).eval()
 
 
+def llama4() -> nn.Module:
+    """Experts whose matrices are [in, out], all of them at once by ``bmm``; no mark of transformers says so."""
+    from transformers import Llama4ForCausalLM, Llama4TextConfig
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 24, "intermediate_size_mlp": 40, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0}
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 1, "interleave_moe_layer_step": 1}
+    model = Llama4ForCausalLM(Llama4TextConfig(vocab_size=64, **sizes, **heads, **experts)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".experts." in name:
+                parameter.normal_(std=0.2)
+    return model
+
+
 def resnet() -> nn.Module:
     """A ResNet with batch norms whose statistics are not those of a fresh one."""
     from transformers import ResNetConfig, ResNetForImageClassification

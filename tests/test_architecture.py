@@ -19,6 +19,7 @@ FLOORS = [
         "models",
         "tables",
         "data",
+        "pictures",
         "schedules",
         "policy",
         "batches",

@@ -17,12 +17,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import comparing
 import harness
+import large
 import memory
 import roofline
 import run
 import scaling
 import scoring
 import selection
+import synthetic_checkpoint
 
 needs_binary = pytest.mark.skipif(not _library.cpu_loaded, reason="the compiled ops are not loaded")
 SMALL = scoring.Setting("MLP 64-256-256-10", lambda: mlp((64, 256, 256, 10)), (1, 64), differing=1e-3)
@@ -256,3 +258,45 @@ def test_memory_peaks_are_of_all_three(monkeypatch: pytest.MonkeyPatch) -> None:
     floats = 4 * 784 * 640 + 4 * 640 * 640
     assert found.peak_bytes["published loop"] > 4 * floats  # masks, gradients, signs, scores
     assert found.peak_bytes["pathprune"] < found.peak_bytes["published loop"] / 2
+
+
+# ---- from file to file ------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_files_of_experts_are_measured_and_checked(tmp_path: Path) -> None:
+    """The masks of experts are found in their own tensors; a weight that is not the file's own is told."""
+    pytest.importorskip("transformers")
+    folder = tmp_path / "mixtral"
+    synthetic_checkpoint.write(folder, synthetic_checkpoint.SHAPES["tiny-experts"])
+    found = large.measure(folder, "magnitude", "global", large.DEFAULT_BUDGET)
+    sizes = synthetic_checkpoint.tensors_of(synthetic_checkpoint.SHAPES["tiny-experts"])
+    layers = [n for n, size in sizes.items() if len(size) == 2 and "embed" not in n and ".gate." not in n]
+    assert found["kept"] == round(0.5 * sum(sizes[n][0] * sizes[n][1] for n in layers))
+    assert found["peak"] > found["start"] > 0 and found["over_copying_once"] > 0
+    made = large.prune_checkpoint(folder, large.METHODS["magnitude"], tmp_path / "out", density=0.5)
+    large.check(folder, made.folder)
+    path = next(made.folder.glob("model*.safetensors"))
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 64
+    path.write_bytes(data)
+    with pytest.raises(AssertionError, match="not the weights under the mask"):
+        large.check(folder, made.folder)
+
+
+def test_results_of_files_keep_the_date_of_their_run(tmp_path: Path) -> None:
+    path = tmp_path / "large.json"
+    case = {"shape": "tiny", "method": "magnitude", "scope": "row", "budget": 1}
+    may, june, july = ({"date": date, "usable_cores": cores} for date, cores in (("May", 1), ("June", 2), ("July", 4)))
+    path.write_text(json.dumps({"machine": may, "results": [case, {**case, "scope": "2:4"}]}))
+    large.save(path, {**case, "method": "wanda"}, june)
+    large.save(path, {**case, "seconds": 3.0}, july)
+    content = json.loads(path.read_text())
+    assert content["machine"] == july
+    assert content["results"] == [
+        {**case, "scope": "2:4", **may},
+        {**case, "method": "wanda", **june},
+        {**case, "seconds": 3.0, **july},
+    ]
+    large.save(tmp_path / "new.json", case, july)
+    assert json.loads((tmp_path / "new.json").read_text()) == {"machine": july, "results": [{**case, **july}]}

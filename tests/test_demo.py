@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import pathprune as pp
-from pathprune import data, demo
+from pathprune import demo
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
@@ -22,20 +22,6 @@ TINY = {
     "layer_type": "basic",
     "num_labels": 5,
 }
-
-
-def test_cifar10_is_read_from_its_binary_files(tmp_path):
-    made = torch.Generator().manual_seed(0)
-    wanted = torch.randint(0, 256, (6, 2, 3073), generator=made, dtype=torch.uint8)
-    wanted[:, :, 0] %= 10
-    for name, records in zip([*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"], wanted, strict=True):
-        (tmp_path / f"{name}.bin").write_bytes(records.numpy().tobytes())
-    found = data.cifar10(tmp_path)
-    assert found.train_labels.tolist() == wanted[:5, :, 0].flatten().tolist()
-    assert torch.equal(found.test_images, wanted[5, :, 1:].reshape(2, 3, 32, 32) / 255)
-    (tmp_path / "test_batch.bin").write_bytes(b"short")
-    with pytest.raises(ValueError, match=r"test_batch\.bin: wanted records of 3,073 bytes"):
-        data.cifar10(tmp_path)
 
 
 def test_digits_are_split_and_scaled() -> None:

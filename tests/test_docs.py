@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 import pathprune as pp
+from image_folders import tiny_imagenet
 from pathprune.models import convnet_digits
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,8 +68,10 @@ def surroundings() -> dict[str, Any]:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A working folder, and a random state that is put back."""
+    """A working folder with a few images in it, and a random state that is put back."""
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny-imagenet-200").mkdir()
+    tiny_imagenet(tmp_path / "tiny-imagenet-200")
     state = torch.get_rng_state()
     yield tmp_path
     torch.set_rng_state(state)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 import pathprune as pp
+from image_folders import tiny_imagenet
 from pathprune.models import resnet20
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -72,3 +74,15 @@ def test_sparse_training_takes_the_dense_steps() -> None:
     ]
     torch.testing.assert_close(torch.tensor(runs[0].losses), torch.tensor(runs[1].losses), rtol=1e-6, atol=0.0)
     assert len(runs[0].losses) == 4
+
+
+def test_sparse_training_takes_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With its classes and size, also in the processes that measure memory; no more images than asked for."""
+    pytest.importorskip("PIL")
+    arguments = ["--data", str(tiny_imagenet(tmp_path)), "--images", "9", "--size", "20", "--epochs", "1"]
+    module = example("sparse_training")
+    module.main([*arguments, "--width", "32", "--method", "magnitude", "--density", "0.3"])
+    printed = capsys.readouterr().out
+    kept = round(0.3 * (3 * 20 * 20 * 32 + 32 * 32 + 32 * 3))
+    assert f"magnitude: {kept:,} of " in printed and "in all 1\n" in printed  # nine images are one step
+    assert re.search(r"sparse: .* ms a step, \d.* MB, accuracy ", printed)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import pathprune as pp
+from image_folders import by_class, cifar10, cifar100, tiny_imagenet
 from pathprune.data import Split
 from pathprune.models import mlp
 
@@ -22,14 +23,14 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from experiments import convergence, experiment, gem_miner, robust, run, training
+from experiments import convergence, experiment, gem_miner, path_exclusion, robust, run, training
 from experiments.experiment import Pairs, Results, key_of
 
 
 @pytest.mark.parametrize("name", run.EXPERIMENTS)
 def test_every_experiment_runs_in_small(name, tmp_path):
     run.main([name, "--quick", "--out", str(tmp_path)])
-    cases = run.EXPERIMENTS[name].cases(True, 3, "shapes")
+    cases = run.EXPERIMENTS[name].cases(True, 3, training.DRAWN)
     rows = Results(tmp_path / "results" / f"{name}.jsonl").rows(cases)
     assert len(rows) == len(cases) == len({key_of(case) for case in cases})
     measured = [value for row in rows for key, value in row.items() if key in ("accuracy", "trained")]
@@ -42,9 +43,9 @@ def test_every_experiment_runs_in_small(name, tmp_path):
 
 def test_cases_of_different_settings_are_different_cases():
     for each in run.EXPERIMENTS.values():
-        full, quick = ({key_of(case) for case in each.cases(q, 3, "shapes")} for q in (False, True))
+        full, quick = ({key_of(case) for case in each.cases(q, 3, training.DRAWN)} for q in (False, True))
         assert full and quick and not full & quick, each.name
-        assert len(full) == len(each.cases(False, 3, "shapes")), each.name
+        assert len(full) == len(each.cases(False, 3, training.DRAWN)), each.name
 
 
 def test_a_killed_run_goes_on(tmp_path, monkeypatch):
@@ -84,7 +85,7 @@ def test_a_damaged_result_is_named(tmp_path):
 def test_the_page_is_in_step_with_the_results():
     assert run.page(run.HERE, 3) == (run.HERE / "README.md").read_text()
     for name, each in run.EXPERIMENTS.items():
-        cases = each.cases(False, 3, "shapes")
+        cases = each.cases(False, 3, training.DRAWN)
         assert len(Results(run.HERE / "results" / f"{name}.jsonl").rows(cases)) == len(cases), name
         assert (run.HERE / "results" / f"{name}.png").exists()
 
@@ -94,6 +95,8 @@ def test_the_page_is_in_step_with_the_results():
     [
         (["colapse"], "NAME: wanted some of collapse, .*got colapse"),
         (["--seeds", "0"], "--seeds: wanted at least 1, got 0"),
+        (["--size", "32"], "--size: wanted --data FOLDER with it, got none"),
+        (["--data", "nowhere", "--out", "out"], "--data: .*No such file or directory: 'nowhere'"),
         (["--data", "folder"], "--out: wanted a folder for the results on other data, got none"),
     ],
 )
@@ -103,19 +106,46 @@ def test_wrong_arguments_are_refused(arguments, message, capsys):
     assert re.search(message, capsys.readouterr().err)
 
 
-def test_cifar10_takes_the_place_of_drawn_images(tmp_path):
-    made = torch.Generator().manual_seed(0)
-    for name in (*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"):
-        records = torch.randint(0, 256, (50, 3073), generator=made, dtype=torch.uint8)
-        records[:, 0] = torch.arange(50) % 10
-        (tmp_path / f"{name}.bin").write_bytes(records.numpy().tobytes())
-    run.main(["sketching", "--quick", "--data", str(tmp_path), "--out", str(tmp_path / "out")])
-    lines = (tmp_path / "out" / "results" / "sketching.jsonl").read_text().splitlines()
-    assert {json.loads(line)["case"]["task"] for line in lines} == {"cifar10"} and len(lines) == 2
-    with pytest.raises(ValueError, match="task 'cifar10' wanted --data FOLDER"):
-        training.split_of({"task": "cifar10", "images": 10, "seed": 0})
-    with pytest.raises(ValueError, match="task: wanted 'digits', 'shapes' or 'cifar10', got 'mnist'"):
-        training.split_of({"task": "mnist", "seed": 0})
+@pytest.mark.parametrize("make", [cifar10, cifar100, tiny_imagenet, by_class])
+def test_images_in_a_folder_take_the_place_of_the_drawn_ones(tmp_path, make):
+    """With their classes and size; a second call finds its results again; the page says what they are of."""
+    pytest.importorskip("PIL")
+    (tmp_path / "data").mkdir()
+    arguments = ["sketching", "--quick", "--data", str(make(tmp_path / "data")), "--out", str(tmp_path / "out")]
+    run.main(arguments)
+    results = tmp_path / "out" / "results" / "sketching.jsonl"
+    (first, second) = (json.loads(line)["case"] for line in results.read_text().splitlines())
+    task = training.task_of(tmp_path / "data")
+    assert task.items() <= first.items() and {**first, "chosen": "drawn"} == second
+    assert f"images of {task['task']}" in (tmp_path / "out" / "README.md").read_text()
+    written = results.read_bytes()
+    run.main(arguments)
+    assert results.read_bytes() == written
+
+
+def test_networks_take_over_classes_and_sizes(tmp_path):
+    """Pre-trained on 100 classes of 32 x 32, then on digits of that size, with a head of its own."""
+    task = training.task_of(cifar100(tmp_path))
+    assert task.items() >= {"task": "cifar100", "classes": 100, "size": 32}.items()
+    (case,) = (c for c in path_exclusion.cases(True, 1, task) if c["start"] == "pre-trained")
+    assert case["size"] == 32
+    assert math.isfinite(path_exclusion.run(case, tmp_path)["accuracy"])
+    data = training.split_of(training.image_case(True, task, seed=1), tmp_path)
+    assert (len(data.train_images), len(data.test_images), data.classes) == (200, 200, 100)
+    assert torch.bincount(data.train_labels).tolist() == [2] * 100
+    assert [len(y) for _, y in training.scoring_data(data)] == [128, 72]
+    assert training.small_vgg(0, data.classes)(data.train_images[:2]).shape == (2, 100)
+    large = training.image_case(False, {**task, "classes": 1000})
+    assert (large["images"], large["tested"]) == (10_000, 2000)
+
+
+def test_other_images_than_the_case_names_are_refused(tmp_path):
+    task = training.task_of(cifar10(tmp_path))
+    case = training.image_case(True, task, seed=0)
+    with pytest.raises(ValueError, match="task 'cifar10': wanted --data FOLDER with its files, got none"):
+        training.split_of(case)
+    with pytest.raises(ValueError, match=r"task 'cifar10' 0123: .* has other images, cifar10"):
+        training.split_of({**case, "data": "0123"}, tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------------- data

@@ -213,6 +213,68 @@ def test_broken_off_and_taken_up(tmp_path, always, run, after):
     assert ours == theirs
 
 
+def narrow() -> nn.Module:
+    """Rows of odd lengths in bfloat16, every one streamed."""
+    torch.manual_seed(0)
+    layers = [nn.Flatten(), nn.Linear(192, 133), nn.ReLU(), nn.Linear(133, 41), nn.ReLU(), nn.Linear(41, 10)]
+    return nn.Sequential(*layers).bfloat16().eval()
+
+
+def pointwise() -> nn.Module:
+    """Convolutions of one position over maps whose edges differ: products over the weights that are left alone."""
+    torch.manual_seed(0)
+    inner = [nn.Conv2d(24, 40, 1), nn.BatchNorm2d(40), nn.ReLU(), nn.Conv2d(40, 33, 1), nn.ReLU()]
+    ends = [nn.Conv2d(33, 16, 3, padding=1), nn.Flatten(), nn.Linear(16 * 64, 20)]
+    return nn.Sequential(nn.Conv2d(3, 24, 3, padding=1), nn.ReLU(), *inner, *ends).eval()
+
+
+COMPACTED = {  # how a net, and the options, leave its weights: packed alone, or with products over those left
+    "streamed": (network, SynFlow(rounds=8), {}, False),
+    "odd rows": (narrow, SynFlowL2(rounds=8), {"compact": 0.6, "scope": "layer"}, False),
+    "products of those left": (pointwise, SynFlow(rounds=8), {}, True),
+}
+
+
+@pytest.mark.parametrize("case", COMPACTED)
+def test_killed_after_weights_were_packed(tmp_path, always, monkeypatch, case):
+    """Before any weight was packed, after the first, and when all are few: a killed run packs anew, later or at once.
+
+    Values and order of sums are the same however a weight is held: so are the masks, and what rounds report.
+    """
+    make, pruner, options, is_sparse = COMPACTED[case]
+    model = make()
+    x = IMAGES[:1].to(next(model.parameters()).dtype)
+    options = {"density": 0.02, "compact": True, "example_input": x, "progress": False, **options}
+    held, real = [], Selection.cut
+
+    def watched(self, *arguments):
+        weights = self.all_weights.values()
+        held.append((any(w.packed is not None for w in weights), any(w._pattern is not None for w in weights)))
+        return real(self, *arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Selection, "cut", watched)
+        expected = prune(model, pruner, **options)
+    first = next(cut for cut, (packed, _) in enumerate(held) if packed)
+    assert 2 <= first <= 5 and len(held) == 8 and held[-1] == (True, is_sparse)
+
+    def run(folder):
+        with RestartableFolder(folder, {}) as work:
+            return work.finished_files(), prune(model, pruner, savepoints=Savepoints(work), **options)
+
+    passing = ("seconds", "seconds_per_round", "peak_memory_bytes")
+    for cut in (first, first + 1, first + 2, 7):
+        folder = tmp_path / f"killed-{cut}"
+        assert in_child(lambda at=cut, to=folder: (dies_at(at), run(to)))
+        kept, found = run(folder)
+        assert kept == [f".rounds-{cut - 1}"] and found == expected
+        ours, theirs = (
+            {key: value for key, value in masks.metadata["findings"].items() if key not in passing}
+            for masks in (found, expected)
+        )
+        assert ours == theirs, cut
+
+
 @pytest.mark.parametrize("pruner", [Sketch(SynFlow(rounds=4)), FORCE([(IMAGES, torch.arange(4))], rounds=4)])
 def test_methods_with_more_than_masks_begin_anew(tmp_path, always, pruner):
     options = {"density": 0.1, "example_input": IMAGES[:1], "seed": 3}

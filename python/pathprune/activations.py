@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .batches import Batch
 from .checks import accumulate_dtype
 from .expert_inputs import ExpertInputs, one_by_one
-from .layers import is_experts, is_transposed, modules_of
+from .layers import expert_matrices, is_transposed, modules_of
 
 _TOKENS = 4096  # rows squared at once
 
@@ -61,7 +61,7 @@ class InputSquares:
     def watching(self) -> Iterator[None]:
         """While within, the model's runs are counted."""
         handles = []
-        experts = {name: modules for name, modules in self._modules.items() if is_experts(modules[0])}
+        experts = {name: modules for name, modules in self._modules.items() if expert_matrices(modules[0])}
         matrices = {name: _weight(modules[0], name) for name, modules in experts.items()}
         try:
             for name, modules in self._modules.items():
@@ -98,13 +98,16 @@ class InputSquares:
         return lambda module, inputs, output: self._used(name)
 
     def _add_rows(self, name: str, expert: int, rows: Tensor) -> None:
-        if self.paused or len(rows) == 0:
+        if self.paused:
+            return
+        found = _of_rows(rows)
+        if not bool(found.any()):  # no token, or rows of zeros, as all experts at once are given for those of others
             return
         if name not in self.sums:
             count = len(_weight(self._modules[name][0], name))
             self.sums[name] = torch.zeros(count, rows.shape[1], dtype=torch.float64, device=rows.device)
             self._reached[name] = torch.zeros(count, dtype=torch.bool)
-        self.sums[name][expert] += _of_rows(rows)
+        self.sums[name][expert] += found
         self._reached[name][expert] = True
 
     def norms(self) -> dict[str, Tensor]:
@@ -197,7 +200,7 @@ def as_columns(norms: Mapping[str, Tensor], module: nn.Module, name: str, dtype:
     own = norms[name].to(dtype)
     weight = _weight(module, name)
     groups = own.shape[0] if own.dim() == 2 else 1
-    outputs = weight.shape[-1] if is_transposed(module) else weight.shape[-2 if is_experts(module) else 0]
-    if is_transposed(module):
-        return own.new_ones(groups, 1, outputs), own.reshape(groups, 1, -1)
-    return own.reshape(groups, 1, -1), own.new_ones(groups, 1, outputs if is_experts(module) else outputs // groups)
+    if is_transposed(module, name):
+        return own.new_ones(groups, 1, weight.shape[-1]), own.reshape(groups, 1, -1)
+    outputs = weight.shape[-2] if expert_matrices(module) else weight.shape[0] // groups
+    return own.reshape(groups, 1, -1), own.new_ones(groups, 1, outputs)

@@ -129,10 +129,11 @@ def train(model: nn.Module, data: Split, masks: Masks | None, seed: int, epochs:
 
 
 def accuracy_of(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """The fraction of images put in their class."""
+    """The fraction of images put in their class; a thousand at a time, so that large test sets fit."""
     model.eval()
     with torch.no_grad():
-        return float((model(images).argmax(1) == labels).float().mean())
+        right = [(model(x).argmax(1) == y).sum() for x, y in zip(images.split(1000), labels.split(1000), strict=True)]
+    return int(sum(right)) / len(labels)
 
 
 def network_of(seed: int) -> nn.Module:

@@ -1,8 +1,9 @@
 """What enters each expert of a mixture: the rows that are multiplied by its matrix.
 
 Experts are slices of one parameter, not modules, so no hook sees their inputs. While watched, they are run one after
-the other (``transformers``' eager way) and every product of rows with a matrix that lies in the parameter's memory is
-taken down for the expert whose matrix it is: what data routes to it, whatever the module around it looks like.
+the other where ``transformers`` has such a way (its eager one), and every product of rows with a matrix that lies in
+the parameter's memory, or with all of them, is taken down for the expert whose matrix it is: what data routes to it,
+whatever the module around it looks like.
 
 Bytes: none beyond the run.
 Oracle: the definition, from the routing and the activations.
@@ -27,6 +28,8 @@ _MATRIX = {  # products of rows with a matrix -> the matrix's name among the arg
     Tensor.__matmul__: "other",
     torch.mm: "mat2",
     Tensor.mm: "mat2",
+    torch.bmm: "mat2",
+    Tensor.bmm: "mat2",
 }
 
 
@@ -65,12 +68,17 @@ class ExpertInputs(TorchFunctionMode):
         if place < 0:
             return
         begin, name, parameter = self._known[place]
+        if matrix.dim() == 3 and matrix.data_ptr() == begin and _is_all_of(matrix, parameter):
+            count = torch.broadcast_shapes(x.shape[:-2], (len(parameter),))
+            rows = x.detach().expand(*count, *x.shape[-2:]).movedim(-3, 0)
+            for expert, own in enumerate(rows):
+                self._seen(name, expert, own.reshape(-1, x.shape[-1]))
+            return
         item = parameter.element_size()
         expert, rest = divmod(matrix.data_ptr() - begin, max(parameter[0].numel() * item, 1))
         if expert >= len(parameter):
             return
-        whole = {(parameter[0].shape, parameter[0].stride()), (parameter[0].T.shape, parameter[0].T.stride())}
-        if rest or (matrix.shape, matrix.stride()) not in whole:
+        if rest or not _is_all_of(matrix, parameter[0]):
             raise ValueError(
                 f"{self._who}: '{name}': wanted experts' matrices {list(parameter.shape[1:])} used whole, "
                 f"got a product with {list(matrix.shape)} of one; exclude it"
@@ -78,11 +86,17 @@ class ExpertInputs(TorchFunctionMode):
         self._seen(name, expert, x.detach().reshape(-1, x.shape[-1]))
 
 
+def _is_all_of(matrix: Tensor, parameter: Tensor) -> bool:
+    """Whether it has the parameter's elements, as they are or with the last two axes exchanged."""
+    ways = ((own.shape, own.stride()) for own in (parameter, parameter.mT))
+    return (matrix.shape, matrix.stride()) in ways
+
+
 @contextmanager
 def one_by_one(experts: Iterable[nn.Module]) -> Iterator[None]:
-    """While within, these modules run their experts one after the other; settings are put back."""
+    """While within, these modules run their experts one after the other if they can; settings are put back."""
     setting = "_experts_implementation"
-    configs = {id(module.config): module.config for module in experts}
+    configs = {id(module.config): module.config for module in experts if hasattr(module, "config")}
     before: list[tuple[Any, Any]] = [(config, getattr(config, setting, None)) for config in configs.values()]
     try:
         for config, value in before:

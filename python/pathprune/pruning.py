@@ -29,6 +29,8 @@ from .spatial import merge_equal_positions
 from .version import __version__
 from .weights import Weight, weights_of
 
+_LARGEST = 4  # weights left whole that findings name
+
 
 @torch.inference_mode(False)  # fixed maps are differentiated to find their adjoints
 def prune(
@@ -159,7 +161,7 @@ def prune(
     }
     results = []
     for bits, structure, stop in zip(snapshots, structures, finished, strict=True):
-        findings = _findings(rounds[:stop], network, time.perf_counter() - began)
+        findings = _findings(rounds[:stop], network, time.perf_counter() - began) | _left_whole(network, names)
         metadata = {**about, "findings": {**findings, "structure": structure.as_dict()}}
         results.append(_masks_of(bits, metadata, network, model))
     return results if isinstance(density if density is not None else sparsity, list) else results[0]
@@ -262,6 +264,23 @@ def _with_progress(steps: Any, total: int, name: str, progress: bool | None) -> 
     except ImportError:
         return steps
     return tqdm(steps, total=total, desc=name, unit="round", disable=None if progress is None else False)
+
+
+def _left_whole(network: PathNetwork, names: Sequence[str]) -> dict[str, Any]:
+    """Of the model's parameters, the share that are weights (two axes or more) without a mask, and of the largest."""
+    parameters = {} if network.model is None else dict(network.model.named_parameters())
+    masked = set(names)
+    sizes = {name: p.numel() for name, p in parameters.items() if p.dim() > 1 and name not in masked}
+    if not sizes:
+        return {}
+    total = sum(p.numel() for p in parameters.values())
+    largest = sorted(sizes, key=lambda name: -sizes[name])[:_LARGEST]
+    return {
+        "left_whole": {
+            "share": sum(sizes.values()) / total,
+            "largest": {name: sizes[name] / total for name in largest},
+        }
+    }
 
 
 def _findings(rounds: Sequence[Round], network: PathNetwork, seconds: float) -> dict[str, Any]:

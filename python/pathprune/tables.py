@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .report import Report
 
 COLUMNS = 110  # width of everything here
+_MANY = 0.01  # share of a model's parameters that is worth a word
 _NAMED = 6  # names given in a sentence before "and n more"
 
 
@@ -66,10 +67,18 @@ def _summary(report: Report) -> list[str]:
     lines = [f"{method}: {kept}, density {percent(report.density)}, {_effective(report)}"]
     if report.biases[1]:
         lines.append(f"{report.biases[0]:,} of {report.biases[1]:,} biases kept, those of units that keep a weight")
+    if found.get("left_whole", {}).get("share", 0) >= _MANY:
+        lines.append(_left_whole(found["left_whole"]))
     if found.get("rounds"):
         lines.append(_schedule(report))
         lines.append(_cost(found))
     return lines
+
+
+def _left_whole(found: Any) -> str:
+    largest = [f"'{name}' {percent(share)}" for name, share in found["largest"].items() if share >= _MANY]
+    named = f" ({', '.join(largest)})" if largest else ""
+    return f"left whole: {percent(found['share'])} of the model's parameters{named}"
 
 
 def _effective(report: Report) -> str:
