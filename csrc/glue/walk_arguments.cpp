@@ -164,12 +164,19 @@ WalkMarkArguments::WalkMarkArguments(const Tensor& bits, const Tensor& edges, in
 }
 
 void WalkMarkArguments::check_edges() const {
-  const int64_t walks = edges_.size(0), stride = edges_.stride(0);
-  for (int64_t s = 0; s < edges_.size(1); ++s) {
-    const int64_t* mine = edges() + s * edges_.stride(1);
-    int64_t last = -1;
-    for (int64_t walk = 0; walk < walks; ++walk) last = std::max(last, mine[walk * stride]);
-    if (last >= places_) refuse_edge(last);
+  const int64_t walks = edges_.size(0), steps = edges_.size(1);
+  const auto at = [&](int64_t walk, int64_t s) {
+    return edges()[walk * edges_.stride(0) + s * edges_.stride(1)];
+  };
+  int64_t last = -1;
+  for (int64_t s = 0; s < steps; ++s) {  // steps outside: a step of all walks lies side by side
+    for (int64_t walk = 0; walk < walks; ++walk) last = std::max(last, at(walk, s));
+  }
+  if (last < places_) return;
+  for (int64_t walk = 0; walk < walks; ++walk) {
+    for (int64_t s = 0; s < steps; ++s) {
+      if (at(walk, s) >= places_) refuse_edge(at(walk, s));
+    }
   }
 }
 
