@@ -165,8 +165,10 @@ WalkMarkArguments::WalkMarkArguments(const Tensor& bits, const Tensor& edges, in
 
 void WalkMarkArguments::check_edges() const {
   const int64_t walks = edges_.size(0), steps = edges_.size(1);
-  const auto at = [&](int64_t walk, int64_t s) {
-    return edges()[walk * edges_.stride(0) + s * edges_.stride(1)];
+  const int64_t walk_stride = edges_.stride(0), step_stride = edges_.stride(1);
+  const int64_t* const edge = edges();
+  const auto at = [=](int64_t walk, int64_t s) {
+    return edge[walk * walk_stride + s * step_stride];
   };
   int64_t last = -1;
   for (int64_t s = 0; s < steps; ++s) {  // steps outside: a step of all walks lies side by side

@@ -215,11 +215,12 @@ class CdfTree {
 
   uint64_t total() const { return level_[0][count_ - 1]; }
 
-  // For each of a batch, the smallest index whose CDF exceeds its draw.
-  PP_INLINE void search(const uint64_t (&draw)[kWalkBatch], int64_t (&found)[kWalkBatch]) const {
-    for (int k = 0; k < kWalkBatch; ++k) found[k] = passed_of_eight(level_[levels_ - 1], draw[k]);
+  // For the first `count` of a batch, the smallest index whose CDF exceeds the draw.
+  PP_INLINE void search(const uint64_t (&draw)[kWalkBatch], int count,
+                        int64_t (&found)[kWalkBatch]) const {
+    for (int k = 0; k < count; ++k) found[k] = passed_of_eight(level_[levels_ - 1], draw[k]);
     for (int l = levels_ - 2; l >= 0; --l) {
-      for (int k = 0; k < kWalkBatch; ++k) {
+      for (int k = 0; k < count; ++k) {
         found[k] = 8 * found[k] + passed_of_eight(level_[l] + 8 * found[k], draw[k]);
       }
     }

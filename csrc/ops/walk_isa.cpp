@@ -95,8 +95,8 @@ PP_INLINE void draw(const CdfTree& cdf, const WalkRule& rule, const Walkers& wal
   uint64_t draw[kWalkBatch];
   for (int k = 0; k < count; ++k) walk[k] = walkers.walks[order[k]];
   walk_words(rule.seed, rule.step, walk, draw, drawn.entry_word);
-  for (int k = 0; k < kWalkBatch; ++k) draw[k] = fixed_draw(draw[k], total);
-  cdf.search(draw, drawn.found);
+  for (int k = 0; k < count; ++k) draw[k] = fixed_draw(draw[k], total);
+  cdf.search(draw, count, drawn.found);
 }
 
 PP_INLINE int batch_of(int64_t count, int64_t begin) {

@@ -206,7 +206,8 @@ def _needed(expected: Callable[[float], float], target: float) -> float:
     low, high = 1.0, target / least  # walks overlap: it takes more
     under, over = least - target, expected(high) - target
     while over < 0:
-        low, high, under = high, 2 * high, over
+        step = 1.5 * over * (high - low) / (under - over)  # beyond where their chord leads
+        low, high, under = high, min(high + max(step, 0.001 * high), 2 * high), over
         over = expected(high) - target
     while high > 1.001 * low:
         middle = min(max((low * over - high * under) / (over - under), 1.0003 * low), high / 1.0003)
