@@ -1,5 +1,5 @@
-// The ops on sparse weights on CUDA: csrc/ops/sparse.cu. What is not registered here - the index,
-// and weights gathered and written out - torch does itself, by
+// The ops on sparse weights on CUDA: csrc/ops/sparse.cu, tiled.cu and tiled_sample.cu. What is not
+// registered here - the index, and weights gathered and written out - torch does itself, by
 // python/pathprune/sparse_reference.py.
 
 #include <torch/csrc/stable/library.h>
@@ -9,6 +9,7 @@
 #include "glue/shifted_arguments.h"
 #include "ops/shifted_cuda.h"
 #include "ops/sparse_cuda.h"
+#include "ops/tiled_cuda.h"
 
 namespace pathprune::cuda {
 namespace {
@@ -85,6 +86,117 @@ Tensor sparse_sample(const Tensor& x, const Tensor& g, const Tensor& layout,
   return sums;
 }
 
+// The arguments that say how a masked weight lies, contiguous for as long as this lives.
+class TiledArguments {
+ public:
+  TiledArguments(const char* op, const Tensor& values, const char* name, const Tensor& layout,
+                 const OptionalTensor& tile_start, int64_t columns)
+      : layout_(torch::stable::contiguous(layout)) {
+    check_at_least(op, "columns", columns, 0);
+    if (layout.dim() != 3) refuse(op, "layout", "3 dimensions [G, O, W]", describe(layout));
+    const int64_t groups = layout.size(0), rows = layout.size(1);
+    const int64_t words = words_of(columns), stretches = stretches_of_row(columns);
+    check_tensor(op, "layout", layout, ScalarType::Short, {groups, rows, words}, values);
+    const Storage storage = check_storage(op, name, values);
+    if (storage == Storage::kFloat64) {
+      refuse(op, name, "float32, bfloat16 or float16 on CUDA", describe(values));
+    }
+    if (tile_start) {
+      check_tensor(op, "tile_start", *tile_start, ScalarType::Int, {groups * rows, stretches},
+                   layout);
+      tile_start_ = torch::stable::contiguous(*tile_start);
+    }
+    view_ = {nullptr,
+             storage,
+             static_cast<const uint16_t*>(layout_.const_data_ptr()),
+             data_or_null<int32_t>(tile_start_),
+             groups,
+             rows,
+             columns,
+             words,
+             stretches};
+  }
+
+  // Refuses a flow [groups, T, units] that is not of this type.
+  void check_flow(const char* op, const char* name, const Tensor& flow, ScalarType type,
+                  int64_t units) const {
+    if (flow.dim() != 3) refuse(op, name, "3 dimensions [G, T, units]", describe(flow));
+    check_tensor(op, name, flow, type, {view_.groups, flow.size(1), units}, layout_);
+  }
+
+  bool is_packed() const { return tile_start_.has_value(); }
+  const MaskedWeight& view() const { return view_; }
+
+ private:
+  Tensor layout_;
+  OptionalTensor tile_start_;
+  MaskedWeight view_;
+};
+
+// Computes a result in parts of its depth, which are added up.
+template <typename Compute>
+void in_parts(const char* op, const MaskedWeight& w, int64_t parts, const Tensor& made,
+              int64_t count, const OnDevice& device, const Compute& compute) {
+  if (parts == 1) {
+    check(op, compute(nullptr));
+    return;
+  }
+  const Tensor of_parts = new_tensor(made, {parts, count}, ScalarType::Float);
+  check(op, compute(data_of<float>(of_parts)));
+  check(op, add_parts(w.storage, data_of<float>(of_parts), parts, count, made.mutable_data_ptr(),
+                      device.stream()));
+}
+
+Tensor tiled_matmul(const Tensor& weight, const Tensor& x, bool transposed, const Tensor& layout,
+                    const OptionalTensor& tile_start, int64_t columns) {
+  const char* op = "tiled_matmul";
+  const OnDevice device(weight);
+  const TiledArguments arguments(op, weight, "weight", layout, tile_start, columns);
+  MaskedWeight w = arguments.view();
+  const auto type = weight.scalar_type();
+  if (arguments.is_packed()) {
+    if (weight.dim() != 1) refuse(op, "weight", "1 dimension [stored]", describe(weight));
+  } else {
+    check_tensor(op, "weight", weight, type, {w.groups, w.rows, columns}, layout);
+  }
+  arguments.check_flow(op, "x", x, type, transposed ? w.rows : columns);
+  const Tensor values = torch::stable::contiguous(weight), flow = torch::stable::contiguous(x);
+  w.values = values.const_data_ptr();
+  const int64_t positions = x.size(1), outputs = transposed ? columns : w.rows;
+  const Tensor y = new_tensor(x, {w.groups, positions, outputs}, type);
+  const int64_t parts = parts_of_product(w, transposed, positions);
+  in_parts(op, w, parts, y, w.groups * positions * outputs, device, [&](float* of_parts) {
+    return multiply_tiled(w, transposed, flow.const_data_ptr(), positions, parts, of_parts,
+                          y.mutable_data_ptr(), device.stream());
+  });
+  return y;
+}
+
+Tensor tiled_sample(const Tensor& x, const Tensor& g, int64_t stored, const Tensor& layout,
+                    const OptionalTensor& tile_start, int64_t columns) {
+  const char* op = "tiled_sample";
+  const OnDevice device(x);
+  const TiledArguments arguments(op, x, "x", layout, tile_start, columns);
+  const MaskedWeight& w = arguments.view();
+  const auto type = x.scalar_type();
+  check_at_least(op, "stored", stored, 0);
+  arguments.check_flow(op, "x", x, type, columns);
+  arguments.check_flow(op, "g", g, type, w.rows);
+  if (x.size(1) != g.size(1)) {
+    refuse(op, "g", "T = " + std::to_string(x.size(1)) + ", as x", describe(g));
+  }
+  const Tensor from = torch::stable::contiguous(x), at = torch::stable::contiguous(g);
+  const Tensor sums = arguments.is_packed() ? new_tensor(x, {stored}, type)
+                                            : new_tensor(x, {w.groups, w.rows, columns}, type);
+  const int64_t count = arguments.is_packed() ? stored : w.groups * w.rows * columns;
+  const int64_t positions = x.size(1), parts = parts_of_sample(w, positions);
+  in_parts(op, w, parts, sums, count, device, [&](float* of_parts) {
+    return sample_tiled(w, from.const_data_ptr(), at.const_data_ptr(), positions, parts, count,
+                        of_parts, sums.mutable_data_ptr(), device.stream());
+  });
+  return sums;
+}
+
 Tensor shifted_matmul(const Tensor& w, const Tensor& shift, const Tensor& x, int64_t length) {
   const char* op = "shifted_matmul";
   const OnDevice device(x);
@@ -104,5 +216,7 @@ Tensor shifted_matmul(const Tensor& w, const Tensor& shift, const Tensor& x, int
 STABLE_TORCH_LIBRARY_IMPL(pathprune, CUDA, m) {
   m.impl("sparse_matmul", TORCH_BOX(&pathprune::cuda::sparse_matmul));
   m.impl("sparse_sample", TORCH_BOX(&pathprune::cuda::sparse_sample));
+  m.impl("tiled_matmul", TORCH_BOX(&pathprune::cuda::tiled_matmul));
+  m.impl("tiled_sample", TORCH_BOX(&pathprune::cuda::tiled_sample));
   m.impl("shifted_matmul", TORCH_BOX(&pathprune::cuda::shifted_matmul));
 }

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 WORD = 16  # columns in one mask word
+STRETCH = 128  # columns whose entries `tile_start` tells the beginning of
 WEIGHT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _FLOATS = "float32, float64, bfloat16 or float16"
-_LEAST = {"columns": 0, "capacity": 0, "stride": 1, "n": 0, "offset": 0}
+_LEAST = {"columns": 0, "stored": 0, "capacity": 0, "stride": 1, "n": 0, "offset": 0}
 
 Given = ParamSpec("Given")
 Returned = TypeVar("Returned")
@@ -60,6 +61,9 @@ def check_arguments(op: str, given: Mapping[str, Any]) -> None:
             refuse(op, name, f"a number >= {_LEAST[name]}", value)
     if op.startswith("sparse_"):
         _check_sparse(op, given)
+        return
+    if op.startswith("tiled_"):
+        _check_tiled(op, given)
         return
     if "weight" in given:
         groups, rows, columns = _check_weight(op, given)
@@ -211,6 +215,33 @@ def _check_sparse(op: str, given: Mapping[str, Any]) -> None:
             dtype = dtype or accumulate_dtype(flow.dtype)
             positions = flow.shape[1] if positions is None else positions
             _check_tensor(op, name, flow, dtype, (groups, positions, units[name]), device)
+
+
+def _check_tiled(op: str, given: Mapping[str, Any]) -> None:
+    """Checks the arguments of an op on a masked weight that is computed dense."""
+    name = "weight" if "weight" in given else "x"
+    layout, tile_start, columns, first = given["layout"], given["tile_start"], given["columns"], given[name]
+    if layout.dim() != 3:
+        refuse(op, "layout", "3 dimensions [G, O, W]", layout)
+    groups, rows = layout.shape[:2]
+    _check_tensor(op, "layout", layout, torch.int16, (groups, rows, words(columns)), first.device)
+    if first.dtype not in WEIGHT_DTYPES:
+        refuse(op, name, _FLOATS, first)
+    if tile_start is not None:
+        stretches = -(-columns // STRETCH)
+        _check_tensor(op, "tile_start", tile_start, torch.int32, (groups * rows, stretches), layout.device)
+    if name == "weight" and tile_start is None:
+        _check_tensor(op, name, first, first.dtype, (groups, rows, columns), layout.device)
+    elif name == "weight" and first.dim() != 1:
+        refuse(op, name, "1 dimension [stored] with tile_start", first)
+    positions = None
+    for flow, units in (("x", rows if given.get("transposed") else columns), ("g", rows)):
+        if flow not in given:
+            continue
+        if given[flow].dim() != 3:
+            refuse(op, flow, "3 dimensions [G, T, units]", given[flow])
+        positions = given[flow].shape[1] if positions is None else positions
+        _check_tensor(op, flow, given[flow], first.dtype, (groups, positions, units), layout.device)
 
 
 def _check_sparse_values(

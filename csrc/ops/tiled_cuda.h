@@ -1,0 +1,28 @@
+// Products with masked weights, computed dense, on CUDA: csrc/ops/tiled.cu and tiled_sample.cu. All
+// tensors have the type of the values; sums are float32.
+
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "ops/tiled.h"
+
+namespace pathprune::cuda {
+
+// y[g, t, r] = sum_c w[r, c] x[g, t, c]: x [G, T, K], y [G, T, O]; transposed: y[g, t, c] = sum_r
+// w[r, c] x[g, t, r]. `parts`, of as many parts as parts_of_product says, [parts] times y in
+// float32; null for one part.
+cudaError_t multiply_tiled(const MaskedWeight& w, bool transposed, const void* x, int64_t positions,
+                           int64_t parts, float* of_parts, void* y, cudaStream_t stream);
+
+// sums[i] = sum_t g[r, t] x[c, t] at every entry: x [G, T, K], g [G, T, O], sums [stored]; where w
+// is dense, sums [G, O, K] with zeros off the mask. The values of w are not looked at.
+cudaError_t sample_tiled(const MaskedWeight& w, const void* x, const void* g, int64_t positions,
+                         int64_t parts, int64_t count, float* of_parts, void* sums,
+                         cudaStream_t stream);
+
+// made[i] = sum_p of_parts[p, i], in the order of the parts.
+cudaError_t add_parts(Storage storage, const float* of_parts, int64_t parts, int64_t count,
+                      void* made, cudaStream_t stream);
+
+}  // namespace pathprune::cuda
