@@ -86,11 +86,27 @@ Tensor sparse_sample(const Tensor& x, const Tensor& g, const Tensor& layout,
   return sums;
 }
 
+void check_counted(const char* op, const char* argument, int64_t length) {
+  if (length <= kMostCounted) return;
+  refuse(op, argument, "sides of at most " + std::to_string(kMostCounted) + " on CUDA",
+         std::to_string(length));
+}
+
+// Contiguous, every row made of whole vectors: where it is not, a copy with zeros behind each row.
+Tensor in_vectors(const Tensor& given) {
+  const Tensor tensor = torch::stable::contiguous(given);
+  const int64_t of_vector = kVectorBytes / static_cast<int64_t>(tensor.element_size());
+  const int64_t missing = (of_vector - tensor.size(2) % of_vector) % of_vector;
+  if (missing > 0) return torch::stable::pad(tensor, {0, missing});
+  const auto place = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
+  return place % kVectorBytes == 0 ? tensor : torch::stable::clone(tensor);
+}
+
 // The arguments that say how a masked weight lies, contiguous for as long as this lives.
 class TiledArguments {
  public:
   TiledArguments(const char* op, const Tensor& values, const char* name, const Tensor& layout,
-                 const OptionalTensor& tile_start, int64_t columns)
+                 const OptionalTensor& index, const OptionalTensor& tile_start, int64_t columns)
       : layout_(torch::stable::contiguous(layout)) {
     check_at_least(op, "columns", columns, 0);
     if (layout.dim() != 3) refuse(op, "layout", "3 dimensions [G, O, W]", describe(layout));
@@ -102,19 +118,26 @@ class TiledArguments {
       refuse(op, name, "float32, bfloat16 or float16 on CUDA", describe(values));
     }
     if (tile_start) {
-      check_tensor(op, "tile_start", *tile_start, ScalarType::Int, {groups * rows, stretches},
+      check_tensor(op, "tile_start", *tile_start, ScalarType::Int, {groups * rows * stretches + 1},
                    layout);
       tile_start_ = torch::stable::contiguous(*tile_start);
+      if (!index) refuse(op, "tile_start", "index and tile_start, or neither", "no index");
+      if (index->dim() != 1) refuse(op, "index", "1 dimension [stored]", describe(*index));
+      check_tensor(op, "index", *index, ScalarType::Short, {index->size(0)}, layout);
+      index_ = torch::stable::contiguous(*index);
     }
     view_ = {nullptr,
              storage,
              static_cast<const uint16_t*>(layout_.const_data_ptr()),
+             data_or_null<uint16_t>(index_),
              data_or_null<int32_t>(tile_start_),
              groups,
              rows,
              columns,
              words,
-             stretches};
+             stretches,
+             columns};
+    for (const int64_t length : {rows, columns}) check_counted(op, "layout", length);
   }
 
   // Refuses a flow [groups, T, units] that is not of this type.
@@ -122,14 +145,17 @@ class TiledArguments {
                   int64_t units) const {
     if (flow.dim() != 3) refuse(op, name, "3 dimensions [G, T, units]", describe(flow));
     check_tensor(op, name, flow, type, {view_.groups, flow.size(1), units}, layout_);
+    check_counted(op, name, flow.size(1));
   }
 
   bool is_packed() const { return tile_start_.has_value(); }
+  // Of packed weights.
+  int64_t stored() const { return index_->size(0); }
   const MaskedWeight& view() const { return view_; }
 
  private:
   Tensor layout_;
-  OptionalTensor tile_start_;
+  OptionalTensor index_, tile_start_;
   MaskedWeight view_;
 };
 
@@ -148,51 +174,57 @@ void in_parts(const char* op, const MaskedWeight& w, int64_t parts, const Tensor
 }
 
 Tensor tiled_matmul(const Tensor& weight, const Tensor& x, bool transposed, const Tensor& layout,
-                    const OptionalTensor& tile_start, int64_t columns) {
+                    const OptionalTensor& index, const OptionalTensor& tile_start,
+                    int64_t columns) {
   const char* op = "tiled_matmul";
   const OnDevice device(weight);
-  const TiledArguments arguments(op, weight, "weight", layout, tile_start, columns);
+  const TiledArguments arguments(op, weight, "weight", layout, index, tile_start, columns);
   MaskedWeight w = arguments.view();
   const auto type = weight.scalar_type();
   if (arguments.is_packed()) {
-    if (weight.dim() != 1) refuse(op, "weight", "1 dimension [stored]", describe(weight));
+    check_tensor(op, "weight", weight, type, {arguments.stored()}, layout);
   } else {
     check_tensor(op, "weight", weight, type, {w.groups, w.rows, columns}, layout);
   }
   arguments.check_flow(op, "x", x, type, transposed ? w.rows : columns);
-  const Tensor values = torch::stable::contiguous(weight), flow = torch::stable::contiguous(x);
+  const bool is_packed = arguments.is_packed();
+  const Tensor values = is_packed ? torch::stable::contiguous(weight) : in_vectors(weight);
+  const Tensor flow = in_vectors(x);
   w.values = values.const_data_ptr();
+  if (!is_packed) w.stride = values.size(2);
   const int64_t positions = x.size(1), outputs = transposed ? columns : w.rows;
   const Tensor y = new_tensor(x, {w.groups, positions, outputs}, type);
   const int64_t parts = parts_of_product(w, transposed, positions);
   in_parts(op, w, parts, y, w.groups * positions * outputs, device, [&](float* of_parts) {
-    return multiply_tiled(w, transposed, flow.const_data_ptr(), positions, parts, of_parts,
-                          y.mutable_data_ptr(), device.stream());
+    return multiply_tiled(w, transposed, flow.const_data_ptr(), positions, flow.size(2), parts,
+                          of_parts, y.mutable_data_ptr(), device.stream());
   });
   return y;
 }
 
-Tensor tiled_sample(const Tensor& x, const Tensor& g, int64_t stored, const Tensor& layout,
-                    const OptionalTensor& tile_start, int64_t columns) {
+Tensor tiled_sample(const Tensor& x, const Tensor& g, const Tensor& layout,
+                    const OptionalTensor& index, const OptionalTensor& tile_start,
+                    int64_t columns) {
   const char* op = "tiled_sample";
   const OnDevice device(x);
-  const TiledArguments arguments(op, x, "x", layout, tile_start, columns);
+  const TiledArguments arguments(op, x, "x", layout, index, tile_start, columns);
   const MaskedWeight& w = arguments.view();
   const auto type = x.scalar_type();
-  check_at_least(op, "stored", stored, 0);
   arguments.check_flow(op, "x", x, type, columns);
   arguments.check_flow(op, "g", g, type, w.rows);
   if (x.size(1) != g.size(1)) {
     refuse(op, "g", "T = " + std::to_string(x.size(1)) + ", as x", describe(g));
   }
-  const Tensor from = torch::stable::contiguous(x), at = torch::stable::contiguous(g);
-  const Tensor sums = arguments.is_packed() ? new_tensor(x, {stored}, type)
-                                            : new_tensor(x, {w.groups, w.rows, columns}, type);
-  const int64_t count = arguments.is_packed() ? stored : w.groups * w.rows * columns;
+  const Tensor from = in_vectors(x), at = in_vectors(g);
+  const bool is_packed = arguments.is_packed();
+  const int64_t count = is_packed ? arguments.stored() : w.groups * w.rows * columns;
+  const Tensor sums =
+      is_packed ? new_tensor(x, {count}, type) : new_tensor(x, {w.groups, w.rows, columns}, type);
   const int64_t positions = x.size(1), parts = parts_of_sample(w, positions);
   in_parts(op, w, parts, sums, count, device, [&](float* of_parts) {
-    return sample_tiled(w, from.const_data_ptr(), at.const_data_ptr(), positions, parts, count,
-                        of_parts, sums.mutable_data_ptr(), device.stream());
+    const Sampled of = {from.const_data_ptr(), at.const_data_ptr(), positions, from.size(2),
+                        at.size(2)};
+    return sample_tiled(w, of, parts, count, of_parts, sums.mutable_data_ptr(), device.stream());
   });
   return sums;
 }

@@ -1,9 +1,11 @@
 // A tile of a masked weight, read from where it lies dense or packed, and written to shared memory
 // with zeros where the mask has none. For .cu files.
 //
-// A thread takes words of the mask, 16 columns each. It finds where the first of the word's entries
-// lies - the beginning of the stretch, and the bits before the word - and reads one after another.
-// What is read stays in registers, so that a tile is on its way while the one before is multiplied.
+// Eight or sixteen lanes take a row. Of packed weights they take entries side by side, and each
+// goes to its column: that is a handful of instructions for 32 entries, where finding the column of
+// each by its bit takes several times as many. Of dense weights they take vectors, of which the
+// bits keep what they keep. What is read stays in registers, so that a tile is on its way while the
+// one before is multiplied.
 
 #pragma once
 
@@ -16,155 +18,214 @@
 
 namespace pathprune::cuda {
 
-// A masked weight as an argument of kernels.
-template <typename W>
-struct MaskedRows {
-  MaskedWeight w;
-  bool word_vectors;   // the bits of every stretch are a vector
-  bool value_vectors;  // dense: every row is made of whole vectors
+// How the threads of a block lie over a tile [kRows, kColumns]: some lanes of a warp take a row,
+// and kPasses times the block takes kRowsAtOnce rows.
+template <typename W, int kRows_, int kColumns_>
+struct RowLanes {
+  using Shared = SharedTile<W, kRows_, kColumns_>;
+  static constexpr int kColumns = kColumns_, kLanesOfRow = kColumns >= 128 ? 16 : 8;
+  static constexpr int kRowsAtOnce = kThreads / kLanesOfRow, kPasses = kRows_ / kRowsAtOnce;
+  static constexpr int kVectors = kColumns / kVector<W> / kLanesOfRow;  // of a lane
+  static_assert(kPasses * kRowsAtOnce == kRows_ && kVectors * kVector<W> <= 8);
 
-  // The bits of columns 16 c, ..; 0 beyond the matrix.
-  __device__ __forceinline__ uint32_t word(int64_t group, int64_t row, int64_t c) const {
-    if (row >= w.rows || c >= w.words) return 0;
-    return w.layout[(group * w.rows + row) * w.words + c] & columns_in_word(w.columns, c);
+  static __device__ __forceinline__ int lane() {
+    return static_cast<int>(threadIdx.x) % kLanesOfRow;
   }
-
-  // Packed: which value the first entry of a word is. The word must exist.
-  __device__ __forceinline__ int64_t start_of_word(int64_t group, int64_t row, int64_t c) const {
-    const int64_t flat = group * w.rows + row;
-    const uint16_t* first = w.layout + flat * w.words + c / kStretchWords * kStretchWords;
-    const int before = static_cast<int>(c % kStretchWords);
-    int rank = 0;
-    if (word_vectors) {
-      const Vector<uint32_t> pairs = *reinterpret_cast<const Vector<uint32_t>*>(first);
-#pragma unroll
-      for (int i = 0; i < kStretchWords / 2; ++i) {
-        const uint32_t counted = before >= 2 * i + 2 ? ~0u : before == 2 * i + 1 ? 0xFFFFu : 0;
-        rank += __popc(pairs.item[i] & counted);
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < kStretchWords - 1; ++i) {
-        if (i < before) rank += __popc(first[i]);
-      }
-    }
-    return int64_t{w.tile_start[flat * w.stretches + c / kStretchWords]} + rank;
+  static __device__ __forceinline__ int row(int pass) {
+    return pass * kRowsAtOnce + static_cast<int>(threadIdx.x) / kLanesOfRow;
+  }
+  static __device__ __forceinline__ int column(int vector) {
+    return (lane() * kVectors + vector) * kVector<W>;
   }
 };
 
-template <typename W>
-MaskedRows<W> masked_rows(const MaskedWeight& w) {
-  const bool aligned = reinterpret_cast<uintptr_t>(w.layout) % kVectorBytes == 0;
-  return {w, aligned && w.words % kStretchWords == 0, has_vectors<W>(w.values, w.columns)};
-}
+template <typename W, int kRows, int kColumns, bool kIsPacked>
+class MaskedTile;
 
-// What a thread brings in of a tile [kRows, kColumns].
 template <typename W, int kRows, int kColumns>
-class MaskedTile {
+class MaskedTile<W, kRows, kColumns, true> : RowLanes<W, kRows, kColumns> {
+  using Lanes = RowLanes<W, kRows, kColumns>;
+  using Lanes::kPasses, Lanes::kRowsAtOnce, Lanes::kVectors;
+  using typename Lanes::Shared;
+  static constexpr int kLanes = Lanes::kLanesOfRow;
+
  public:
-  // Reads from (row, column) of the group on; `column` is a multiple of 16.
-  __device__ __forceinline__ void read(const MaskedRows<W>& from, int64_t group, int64_t row,
-                                       int64_t column) {
-    const MaskedWeight& w = from.w;
-    const W* values = static_cast<const W*>(w.values);
+  // Reads the thread's part of the tile that begins at (row, column) of the group.
+  __device__ __forceinline__ void read(const MaskedWeight& w, int group, int row, int column) {
+    const Starts start(w, group, row, column);
+    column_ = column;
+    longest_ = 0;
 #pragma unroll
-    for (int u = 0; u < kUnits; ++u) {
-      const int64_t r = row + row_of_unit(u);
-      const int64_t c = column / kWordBits + word_of_unit(u);
-      const uint32_t bits = from.word(group, r, c);
-      bits_[u] = bits;
-      if (bits == 0) {
+    for (int p = 0; p < kPasses; ++p) {
+      const int begin = start.begin(p);
+      count_[p] = start.end(p) - begin;
+      longest_ = count_[p] > longest_ ? count_[p] : longest_;
+      const W* values = static_cast<const W*>(w.values) + begin;
+      const uint16_t* index = w.index + begin;
 #pragma unroll
-        for (int i = 0; i < kWordBits; ++i) held_[u][i] = 0;
-      } else if (w.tile_start != nullptr) {
-        const W* place = values + from.start_of_word(group, r, c);
-#pragma unroll
-        for (int i = 0; i < kWordBits; ++i) {
-          const bool is_entry = bits >> i & 1;
-          held_[u][i] = is_entry ? bits_of(*place) : 0;
-          place += is_entry;
-        }
-      } else {
-        read_dense(values + (group * w.rows + r) * w.columns + c * kWordBits, from.value_vectors,
-                   bits, held_[u]);
+      for (int b = 0; b < kBatches; ++b) {
+        const int i = b * kLanes;
+        if (i < count_[p]) held_[p][b].read(values + i, index + i);
       }
     }
-    in_pairs_ = kValuesOfRegister == 2 && w.tile_start == nullptr && from.value_vectors;
   }
 
-  __device__ __forceinline__ void write(SharedTile<W, kRows, kColumns>* to) const {
+  __device__ __forceinline__ void write(const MaskedWeight& w, int group, int row, int column,
+                                        Shared* to) const {
 #pragma unroll
-    for (int u = 0; u < kUnits; ++u) {
+    for (int p = 0; p < kPasses; ++p) {
 #pragma unroll
-      for (int i = 0; i < kWordBits; i += kVector<W>) {
-        Vector<uint32_t> vector;
+      for (int v = 0; v < kVectors; ++v) *to->at(Lanes::row(p), Lanes::column(v)) = {};
+    }
+    __syncwarp();  // zeros first: a row belongs to lanes of one warp
 #pragma unroll
-        for (int e = 0; e < kRegistersOfVector; ++e) {
-          vector.item[e] = masked_register(u, i / kValuesOfRegister + e);
-        }
-        *reinterpret_cast<Vector<uint32_t>*>(
-            to->at(row_of_unit(u), word_of_unit(u) * kWordBits + i)) = vector;
+    for (int p = 0; p < kPasses; ++p) {
+#pragma unroll
+      for (int b = 0; b < kBatches; ++b) {
+        if (b * kLanes < count_[p]) put(to, p, held_[p][b]);
+      }
+    }
+    if (longest_ > kBatches * kLanes) write_rest(w, Starts(w, group, row, column), to);
+  }
+
+ private:
+  static constexpr int kBatches = 2;  // of entries of a row that are held
+  static constexpr uint32_t kSize = sizeof(W);
+
+  // In a register each, so that nothing waits for what is read in order to pack it.
+  struct Entry {
+    uint32_t value, index;
+
+    __device__ __forceinline__ void read(const W* of_value, const uint16_t* of_index) {
+      if constexpr (sizeof(W) == 4) {
+        value = bit_cast<uint32_t>(*of_value);
+      } else {
+        value = of_value->bits;
+      }
+      index = *of_index;
+    }
+  };
+
+  // Where the entries of the tile's rows begin and end; those of this lane are kLanes apart.
+  struct Starts {
+    const int32_t* first;
+    int64_t step;
+    int stretches, rows;
+
+    __device__ __forceinline__ Starts(const MaskedWeight& w, int group, int row, int column)
+        : step(kRowsAtOnce * w.stretches) {
+      constexpr int kMost = (kColumns + kStretch - 1) / kStretch;
+      const int stretch = column / kStretch, left = static_cast<int>(w.stretches) - stretch;
+      const int64_t flat = group * w.rows + row + Lanes::row(0);
+      first = w.tile_start + flat * w.stretches + stretch;
+      stretches = left < kMost ? left : kMost;
+      rows = static_cast<int>(w.rows) - row - Lanes::row(0);
+    }
+    __device__ __forceinline__ int begin(int pass) const {
+      return pass * kRowsAtOnce < rows ? first[pass * step] + Lanes::lane() : 0;
+    }
+    __device__ __forceinline__ int end(int pass) const {
+      return pass * kRowsAtOnce < rows ? first[pass * step + stretches] : 0;
+    }
+  };
+
+  // What is more than was held: of all rows at once, so that many reads are on their way.
+  __device__ __forceinline__ void write_rest(const MaskedWeight& w, const Starts& start,
+                                             Shared* to) const {
+    int begin[kPasses];
+#pragma unroll
+    for (int p = 0; p < kPasses; ++p) begin[p] = start.begin(p);
+#pragma unroll 1
+    for (int i = kBatches * kLanes; i < longest_; i += kLanes) {
+      Entry entry[kPasses];
+#pragma unroll
+      for (int p = 0; p < kPasses; ++p) {
+        const int place = begin[p] + i;
+        if (i < count_[p]) entry[p].read(static_cast<const W*>(w.values) + place, w.index + place);
+      }
+#pragma unroll
+      for (int p = 0; p < kPasses; ++p) {
+        if (i < count_[p]) put(to, p, entry[p]);
+      }
+    }
+  }
+
+  // A tile begins at a multiple of its columns, and so, of 2^16 too, of them the index has the
+  // rest.
+  __device__ __forceinline__ void put(Shared* to, int pass, const Entry& entry) const {
+    if (kColumns < kStretch && (entry.index ^ column_) & kColumns) return;  // the stretch is wider
+    const uint32_t row = Shared::offset(Lanes::row(pass), 0);
+    const uint32_t of_row = entry.index * kSize & (kColumns * kSize - 1);
+    char* place = reinterpret_cast<char*>(to) + (row ^ of_row);
+    if constexpr (sizeof(W) == 4) {
+      *reinterpret_cast<uint32_t*>(place) = entry.value;
+    } else {
+      *reinterpret_cast<uint16_t*>(place) = static_cast<uint16_t>(entry.value);
+    }
+  }
+
+  int count_[kPasses], longest_;  // entries of each row from the lane's first on
+  Entry held_[kPasses][kBatches];
+  int column_;
+};
+
+template <typename W, int kRows, int kColumns>
+class MaskedTile<W, kRows, kColumns, false> : RowLanes<W, kRows, kColumns> {
+  using Lanes = RowLanes<W, kRows, kColumns>;
+  using Lanes::kPasses, Lanes::kRowsAtOnce, Lanes::kVectors;
+  using typename Lanes::Shared;
+
+ public:
+  __device__ __forceinline__ void read(const MaskedWeight& w, int group, int row, int column) {
+    const int64_t flat = group * w.rows + row + Lanes::row(0);
+    const int first = column + Lanes::column(0), c = first / kWordBits;
+    const int rows = c < w.words ? static_cast<int>(w.rows) - row - Lanes::row(0) : 0;
+    const uint16_t* word = w.layout + flat * w.words + c;
+    const uint32_t live = columns_in_word(w.columns, c);
+#pragma unroll
+    for (int p = 0; p < kPasses; ++p, word += kRowsAtOnce * w.words) {
+      const uint32_t bits = p * kRowsAtOnce < rows ? *word & live : 0;
+      bits_[p] = bits_before(bits >> (first % kWordBits), kVectors * kVector<W>);
+    }
+    const W* place = static_cast<const W*>(w.values) + flat * w.stride + first;
+#pragma unroll
+    for (int p = 0; p < kPasses; ++p, place += kRowsAtOnce * w.stride) {
+      if (bits_[p] == 0) continue;
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+        held_[p][v] = *reinterpret_cast<const Vector<W>*>(place + v * kVector<W>);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void write(const MaskedWeight&, int, int, int, Shared* to) const {
+#pragma unroll
+    for (int p = 0; p < kPasses; ++p) {
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+        *to->at(Lanes::row(p), Lanes::column(v)) =
+            masked(held_[p][v], bits_[p] >> (v * kVector<W>));
       }
     }
   }
 
  private:
-  static constexpr int kWordsOfRow = kColumns / kWordBits;
-  static constexpr int kUnits = kRows * kWordsOfRow / kThreads;
-  static_assert(kUnits * kThreads == kRows * kWordsOfRow);
-  static constexpr int kValuesOfRegister = 4 / sizeof(W);
-  static constexpr int kRegistersOfVector = kVectorBytes / 4;
-
-  static __device__ __forceinline__ int row_of_unit(int u) {
-    return (static_cast<int>(threadIdx.x) + u * kThreads) / kWordsOfRow;
-  }
-  static __device__ __forceinline__ int word_of_unit(int u) {
-    return (static_cast<int>(threadIdx.x) + u * kThreads) % kWordsOfRow;
-  }
-
-  static __device__ __forceinline__ uint32_t bits_of(float value) {
-    return bit_cast<uint32_t>(value);
-  }
-  template <typename Half>
-  static __device__ __forceinline__ uint32_t bits_of(Half value) {
-    return value.bits;
-  }
-
-  // Vectors without a live weight are not read.
-  static __device__ __forceinline__ void read_dense(const W* place, bool vectors, uint32_t bits,
-                                                    uint32_t (&held)[kWordBits]) {
-    if (vectors) {
+  // The values whose bits are set, and zeros.
+  static __device__ __forceinline__ Vector<W> masked(const Vector<W>& vector, uint32_t bits) {
+    constexpr int kOfRegister = 4 / sizeof(W);
+    auto registers = bit_cast<Vector<uint32_t>>(vector);
 #pragma unroll
-      for (int i = 0; i < kWordBits; i += kVector<W>) {
-        Vector<uint32_t> vector{};
-        if (bits_before(bits >> i, kVector<W>)) {
-          vector = *reinterpret_cast<const Vector<uint32_t>*>(place + i);
-        }
-#pragma unroll
-        for (int e = 0; e < kRegistersOfVector; ++e) {
-          held[i / kValuesOfRegister + e] = vector.item[e];
-        }
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < kWordBits; ++i) held[i] = bits >> i & 1 ? bits_of(place[i]) : 0;
+    for (int e = 0; e < kVector<uint32_t>; ++e) {
+      const uint32_t own = bits >> (e * kOfRegister);
+      // Two bits become two halves of a register.
+      registers.item[e] &=
+          kOfRegister == 1 ? 0u - (own & 1) : ((own & 1) | (own & 2) << 15) * 0xFFFFu;
     }
+    return bit_cast<Vector<W>>(registers);
   }
 
-  // The n-th register of a word as it goes to shared memory. Where the values were read one by one
-  // they lie one to a register, and are zero off the mask.
-  __device__ __forceinline__ uint32_t masked_register(int u, int n) const {
-    if constexpr (kValuesOfRegister == 1) {
-      return bits_[u] >> n & 1 ? held_[u][n] : 0;
-    } else {
-      if (!in_pairs_) return held_[u][2 * n] | held_[u][2 * n + 1] << 16;
-      const uint32_t two = bits_[u] >> (2 * n);
-      return held_[u][n] & ((two & 1 ? 0xFFFFu : 0) | (two & 2 ? 0xFFFF0000u : 0));
-    }
-  }
-
-  uint32_t held_[kUnits][kWordBits], bits_[kUnits];
-  bool in_pairs_;
+  uint32_t bits_[kPasses];  // of the lane's vectors
+  Vector<W> held_[kPasses][kVectors];
 };
 
 }  // namespace pathprune::cuda

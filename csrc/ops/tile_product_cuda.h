@@ -28,52 +28,45 @@ struct alignas(128) SharedTile {
 
   Vector<W> vector[kRows * kVectors];
 
+  // Where a column is, in bytes.
+  static __device__ __forceinline__ uint32_t offset(int row, int column) {
+    const int turn = kVectors >= 8 ? row % 8 : row / (8 / kVectors) % kVectors;
+    const int of_row = column * static_cast<int>(sizeof(W)) ^ turn * kVectorBytes;
+    return static_cast<uint32_t>(row * kVectors * kVectorBytes + of_row);
+  }
   // The vector that begins at a column, a multiple of kVector<W>.
   __device__ __forceinline__ Vector<W>* at(int row, int column) {
-    const int turn = kVectors >= 8 ? row % 8 : row / (8 / kVectors) % kVectors;
-    return &vector[row * kVectors + (column / kVector<W> ^ turn)];
+    return reinterpret_cast<Vector<W>*>(reinterpret_cast<char*>(this) + offset(row, column));
   }
 };
 
-// A matrix in global memory, of which tiles are read.
+// A matrix in global memory, of which tiles are read: every row is made of whole vectors.
 template <typename W>
 struct Matrix {
-  const W* first;  // [rows, columns]
-  int64_t rows, columns;
-  bool vectors;  // every row is made of whole vectors
+  const W* first;  // [groups, rows, columns]
+  int rows, columns;
 
-  __device__ __forceinline__ Matrix of_group(int64_t group) const {
-    return {first + group * rows * columns, rows, columns, vectors};
+  __device__ __forceinline__ const W* at(int group, int row, int column) const {
+    return first + (static_cast<int64_t>(group) * rows + row) * columns + column;
   }
 };
-
-template <typename W>
-Matrix<W> matrix(const void* first, int64_t rows, int64_t columns) {
-  return {static_cast<const W*>(first), rows, columns, has_vectors<W>(first, columns)};
-}
 
 // Has all threads of the block copy a tile, zeros where the matrix ends, without waiting for it.
 template <typename W, int kRows, int kColumns>
-__device__ __forceinline__ void copy_tile(const Matrix<W>& from, int64_t first_row,
-                                          int64_t first_column,
-                                          SharedTile<W, kRows, kColumns>* to) {
+__device__ __forceinline__ void copy_tile(const Matrix<W>& from, int group, int first_row,
+                                          int first_column, SharedTile<W, kRows, kColumns>* to) {
   constexpr int kVectors = SharedTile<W, kRows, kColumns>::kVectors;
+  constexpr int kRowsAtOnce = kThreads / kVectors;
+  static_assert(kRows % kRowsAtOnce == 0);
+  const int row = static_cast<int>(threadIdx.x) / kVectors;
+  const int column = static_cast<int>(threadIdx.x) % kVectors * kVector<W>;
+  // Rows from this thread's first on; none where there is no column.
+  const int rows = first_column + column < from.columns ? from.rows - first_row - row : 0;
+  const W* place = from.at(group, first_row + row, first_column + column);
 #pragma unroll
-  for (int i = static_cast<int>(threadIdx.x); i < kRows * kVectors; i += kThreads) {
-    const int row = i / kVectors, column = i % kVectors * kVector<W>;
-    const int64_t r = first_row + row, c = first_column + column;
-    const bool is_there = r < from.rows && c < from.columns;
-    const W* place = from.first + (is_there ? r * from.columns + c : 0);
-    if (from.vectors) {
-      copy_without_waiting(to->at(row, column), place, is_there);
-    } else {
-      Vector<W> vector{};
-#pragma unroll
-      for (int e = 0; e < kVector<W>; ++e) {
-        if (is_there && c + e < from.columns) vector.item[e] = place[e];
-      }
-      *to->at(row, column) = vector;
-    }
+  for (int i = 0; i < kRows; i += kRowsAtOnce, place += kRowsAtOnce * from.columns) {
+    const bool is_there = i < rows;
+    copy_without_waiting(to->at(row + i, column), is_there ? place : from.first, is_there);
   }
 }
 
@@ -143,10 +136,15 @@ class Product<W, kColumns, kDepth, kIsTurnedA, kIsTurnedB> {
   static __device__ __forceinline__ void load(Tile* tile, int along, int k, uint32_t (&to)[4]) {
     const int lane = lane_of_thread(), part = lane / 8;
     const int deep = kDepthFirst ? part % 2 : part / 2, far = kDepthFirst ? part / 2 : part % 2;
+    const char* first = reinterpret_cast<const char*>(tile);
     if constexpr (kIsTurned) {
-      load_transposed_fragments(tile->at(k + 8 * deep + lane % 8, along + 8 * far), to);
+      constexpr int kRowBytes = Tile::kColumns * static_cast<int>(sizeof(W));
+      load_transposed_fragments(
+          first + Tile::offset(8 * deep + lane % 8, along + 8 * far) + k * kRowBytes, to);
     } else {
-      load_fragments(tile->at(along + 8 * far + lane % 8, k + 8 * deep), to);
+      // k is a multiple of the 16 that (along, 8 deep) lies in, so bits of the two do not meet.
+      const uint32_t place = Tile::offset(along + 8 * far + lane % 8, 8 * deep);
+      load_fragments(first + (place ^ k * sizeof(W)), to);
     }
   }
 

@@ -2,8 +2,8 @@
 // work is cut up. Plain arithmetic that the host can check.
 //
 // A weight is given with a bit for each entry (`layout`), dense or packed to the entries whose bit
-// is one, in order. Of packed weights `tile_start` says where the entries of each stretch of 128
-// columns begin: from there bits tell, so a tile can begin anywhere.
+// is one, in order. Of packed weights `index` has their columns, and `tile_start` says where the
+// entries of each stretch of 64 columns begin, so that a tile can begin anywhere.
 
 #pragma once
 
@@ -16,17 +16,19 @@
 
 namespace pathprune::cuda {
 
-inline constexpr int kStretch = 128;  // columns; their bits are a vector of 16 bytes
+inline constexpr int kStretch = 64;  // columns
 inline constexpr int kStretchWords = kStretch / kWordBits;
 
 PP_HD int64_t stretches_of_row(int64_t columns) { return ceil_divide(columns, kStretch); }
 
 struct MaskedWeight {
-  const void* values;         // dense: [groups, rows, columns]; packed: [stored]
+  const void* values;         // dense: [groups, rows, stride]; packed: [stored]
   Storage storage;            // not float64
   const uint16_t* layout;     // [groups, rows, words]
-  const int32_t* tile_start;  // packed: [groups * rows, stretches]; null: dense
+  const uint16_t* index;      // packed: [stored]: columns, modulo 2^16
+  const int32_t* tile_start;  // packed: [groups * rows * stretches + 1]; null: dense
   int64_t groups, rows, columns, words, stretches;
+  int64_t stride;  // of dense rows: columns, and as many more as make whole vectors
 };
 
 // The depth that is summed over - columns, rows or positions - is cut into parts where there are
@@ -44,18 +46,28 @@ PP_HD int64_t parts_of_depth(int64_t tiles, int64_t depth) {
 inline constexpr int64_t kNarrow = 32;
 
 // Positions, or columns, of a tile of sums, and how deep the tiles are that it is made of: as wide
-// as the registers for sums allow, as deep as 48 KB of shared memory do, twice.
+// as the registers for sums allow, as deep as 48 KB of shared memory do.
 struct TileShape {
   int width, depth;
 };
 template <typename W>
-inline constexpr TileShape kNarrowTile = {32, 128 / static_cast<int>(sizeof(W))};
+inline constexpr TileShape kNarrowTile = {32, 256 / static_cast<int>(sizeof(W))};
 template <typename W>
-inline constexpr TileShape kWideTile = sizeof(W) == 2 ? TileShape{128, 32} : TileShape{64, 32};
+inline constexpr TileShape kWideTile = {64, 128 / static_cast<int>(sizeof(W))};
 template <typename W>
 inline constexpr TileShape kSampleTile = sizeof(W) == 2 ? TileShape{128, 32} : TileShape{64, 16};
 
 inline constexpr int kTileRows = 128;
+
+// Rows, columns, positions, and blocks, each of which takes a tile of sums and a part of the depth,
+// are counted in 32 bits.
+inline constexpr int64_t kMostCounted = int64_t{1} << 30;
+
+PP_HD int tiles_of(int64_t length, int side) { return static_cast<int>(ceil_divide(length, side)); }
+
+PP_HD int begin_of_part(int steps, int parts, int part) {
+  return static_cast<int>(int64_t{steps} * part / parts);
+}
 
 // Calls body.template operator()<W>() for the type of the values.
 template <typename Body>

@@ -3,7 +3,7 @@
 // A block takes a tile of 128 rows by some columns and sums it over the positions, or a part of
 // them, as csrc/ops/tiled.cu does. Then every thread puts its sums where the bits say.
 
-#include "ops/masked_tile_cuda.h"
+#include "ops/tile_product_cuda.h"
 #include "ops/tiled_cuda.h"
 #include "ops/warp_cuda.h"
 
@@ -17,53 +17,55 @@ struct TileWords {
   int32_t start[kTileRows][kWidth / kWordBits];
 };
 
-template <typename W, int kWidth>
-__device__ __forceinline__ void read_words(const MaskedRows<W>& from, int64_t group, int64_t row,
-                                           int64_t column, TileWords<kWidth>* words) {
+template <int kWidth>
+__device__ __forceinline__ void read_words(const MaskedWeight& w, int group, int row, int column,
+                                           TileWords<kWidth>* words) {
   constexpr int kWordsOfRow = kWidth / kWordBits;
 #pragma unroll 1
   for (int i = static_cast<int>(threadIdx.x); i < kTileRows * kWordsOfRow; i += kThreads) {
     const int m = i / kWordsOfRow, n = i % kWordsOfRow;
-    const int64_t c = column / kWordBits + n;
-    const uint32_t bits = from.word(group, row + m, c);
-    words->bits[m][n] = static_cast<uint16_t>(bits);
-    if (bits != 0 && from.w.tile_start != nullptr) {
-      words->start[m][n] = static_cast<int32_t>(from.start_of_word(group, row + m, c));
-    }
+    const int64_t c = column / kWordBits + n, flat = group * w.rows + row + m;
+    const bool is_there = row + m < w.rows && c < w.words;
+    const uint16_t* word = w.layout + flat * w.words + c;
+    words->bits[m][n] =
+        is_there ? static_cast<uint16_t>(*word & columns_in_word(w.columns, c)) : uint16_t{0};
+    if (!is_there || w.tile_start == nullptr) continue;
+    int start = w.tile_start[flat * w.stretches + c / kStretchWords];
+    for (int64_t before = 1; before <= c % kStretchWords; ++before)
+      start += __popc(*(word - before));
+    words->start[m][n] = start;
   }
 }
 
 template <typename W, int kWidth, int kDepth>
 __global__ void __launch_bounds__(kThreads, 2)
-    sample(const MaskedRows<W> weight, const Matrix<W> flow, const Matrix<W> grad,
-           const int64_t parts, const Sums<W> sums) {
+    sample(const MaskedWeight w, const Matrix<W> flow, const Matrix<W> grad, const int parts,
+           const int jobs, const Sums<W> sums) {
   using Operands = Product<W, kWidth, kDepth, true, true>;
   __shared__ typename Operands::A of_grad[2];
   __shared__ typename Operands::B of_flow[2];
   __shared__ TileWords<kWidth> words;
-  const MaskedWeight& w = weight.w;
-  const int64_t steps = ceil_divide(flow.rows, kDepth);
-  const int64_t wide = ceil_divide(w.columns, kWidth), high = ceil_divide(w.rows, kTileRows);
-  for (int64_t job = blockIdx.x; job < wide * high * parts * w.groups; job += gridDim.x) {
-    const int64_t column = job % wide * kWidth, row = job / wide % high * kTileRows;
-    const int64_t part = job / (wide * high) % parts, group = job / (wide * high * parts);
-    const Matrix<W> x = flow.of_group(group), g = grad.of_group(group);
-    const int64_t end = steps * (part + 1) / parts;
+  const int columns = static_cast<int>(w.columns), rows = static_cast<int>(w.rows);
+  const int wide = tiles_of(columns, kWidth), high = tiles_of(rows, kTileRows);
+  const int steps = tiles_of(flow.rows, kDepth);
+  for (int job = static_cast<int>(blockIdx.x); job < jobs; job += static_cast<int>(gridDim.x)) {
+    const int of_rows = job / wide, of_parts = of_rows / high, group = of_parts / parts;
+    const int column = job % wide * kWidth, row = of_rows % high * kTileRows;
+    const int part = of_parts % parts, end = begin_of_part(steps, parts, part + 1);
+    const int begin = begin_of_part(steps, parts, part);
     Operands product;
-    const auto bring = [&](int64_t step, int turn) {
-      copy_tile(g, step * kDepth, row, &of_grad[turn]);
-      copy_tile(x, step * kDepth, column, &of_flow[turn]);
-    };
-    read_words(weight, group, row, column, &words);
-    int64_t step = steps * part / parts;
-    if (step < end) bring(step, 0);
-    for (int turn = 0; step < end; turn ^= 1) {
+    read_words(w, group, row, column, &words);
+    for (int step = begin - 1; step < end; ++step) {
+      const int turn = step & 1;
       wait_for_copies();
       __syncthreads();
-      if (++step < end) bring(step, turn ^ 1);
-      product.add(&of_grad[turn], &of_flow[turn]);
+      if (step + 1 < end) {
+        const int depth = (step + 1) * kDepth;
+        copy_tile(grad, group, depth, row, &of_grad[turn ^ 1]);
+        copy_tile(flow, group, depth, column, &of_flow[turn ^ 1]);
+      }
+      if (step >= begin) product.add(&of_grad[turn], &of_flow[turn]);
     }
-    __syncthreads();  // where there are no steps
     product.for_each([&](int m, int n, float sum) {
       const uint32_t bits = words.bits[m][n / kWordBits];
       const bool is_entry = bits >> (n % kWordBits) & 1;
@@ -71,7 +73,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         if (!is_entry) return;
         const int before = __popc(bits_before(bits, n % kWordBits));
         sums.put(part, int64_t{words.start[m][n / kWordBits]} + before, sum);
-      } else if (row + m < w.rows && column + n < w.columns) {
+      } else if (row + m < rows && column + n < columns) {
         sums.put(part, (group * w.rows + row + m) * w.columns + column + n, is_entry ? sum : 0);
       }
     });
@@ -81,17 +83,21 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 }  // namespace
 
-cudaError_t sample_tiled(const MaskedWeight& w, const void* x, const void* g, int64_t positions,
-                         int64_t parts, int64_t count, float* of_parts, void* sums,
-                         cudaStream_t stream) {
+cudaError_t sample_tiled(const MaskedWeight& w, const Sampled& of, int64_t parts, int64_t count,
+                         float* of_parts, void* sums, cudaStream_t stream) {
   return by_tiled_storage(w.storage, [&]<typename W>() {
     constexpr TileShape kShape = kSampleTile<W>;
-    const int64_t jobs =
-        w.groups * parts * ceil_divide(w.rows, kTileRows) * ceil_divide(w.columns, kShape.width);
+    const int64_t tiles = ceil_divide(w.rows, kTileRows) * ceil_divide(w.columns, kShape.width);
+    const int64_t jobs = tiles * parts * w.groups;
+    if (jobs > kMostCounted) return cudaErrorInvalidValue;
     const Sums<W> made = {static_cast<W*>(sums), of_parts, count};
-    return launch(sample<W, kShape.width, kShape.depth>, blocks_of_grid(jobs), kThreads, stream,
-                  masked_rows<W>(w), matrix<W>(x, positions, w.columns),
-                  matrix<W>(g, positions, w.rows), parts, made);
+    const auto flow = [&](const void* first, int64_t columns) {
+      return Matrix<W>{static_cast<const W*>(first), static_cast<int>(of.positions),
+                       static_cast<int>(columns)};
+    };
+    return launch(sample<W, kShape.width, kShape.depth>, jobs, kThreads, stream, w,
+                  flow(of.x, of.x_columns), flow(of.g, of.g_columns), static_cast<int>(parts),
+                  static_cast<int>(jobs), made);
   });
 }
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 WORD = 16  # columns in one mask word
-STRETCH = 128  # columns whose entries `tile_start` tells the beginning of
+STRETCH = 64  # columns whose entries `tile_start` tells the beginning of
 WEIGHT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _FLOATS = "float32, float64, bfloat16 or float16"
-_LEAST = {"columns": 0, "stored": 0, "capacity": 0, "stride": 1, "n": 0, "offset": 0}
+_LEAST = {"columns": 0, "capacity": 0, "stride": 1, "n": 0, "offset": 0}
 
 Given = ParamSpec("Given")
 Returned = TypeVar("Returned")
@@ -220,20 +220,25 @@ def _check_sparse(op: str, given: Mapping[str, Any]) -> None:
 def _check_tiled(op: str, given: Mapping[str, Any]) -> None:
     """Checks the arguments of an op on a masked weight that is computed dense."""
     name = "weight" if "weight" in given else "x"
-    layout, tile_start, columns, first = given["layout"], given["tile_start"], given["columns"], given[name]
+    layout, index, columns, first = given["layout"], given["index"], given["columns"], given[name]
     if layout.dim() != 3:
         refuse(op, "layout", "3 dimensions [G, O, W]", layout)
     groups, rows = layout.shape[:2]
     _check_tensor(op, "layout", layout, torch.int16, (groups, rows, words(columns)), first.device)
     if first.dtype not in WEIGHT_DTYPES:
         refuse(op, name, _FLOATS, first)
-    if tile_start is not None:
-        stretches = -(-columns // STRETCH)
-        _check_tensor(op, "tile_start", tile_start, torch.int32, (groups * rows, stretches), layout.device)
-    if name == "weight" and tile_start is None:
-        _check_tensor(op, name, first, first.dtype, (groups, rows, columns), layout.device)
-    elif name == "weight" and first.dim() != 1:
-        refuse(op, name, "1 dimension [stored] with tile_start", first)
+    tile_start, of_weight = given["tile_start"], (groups, rows, columns)
+    if (index is None) != (tile_start is None):
+        refuse(op, "tile_start", "index and tile_start, or neither", tile_start)
+    if index is not None:
+        if index.dim() != 1:
+            refuse(op, "index", "1 dimension [stored]", index)
+        of_weight = (index.shape[0],)
+        _check_tensor(op, "index", index, torch.int16, of_weight, layout.device)
+        starts = (groups * rows * -(-columns // STRETCH) + 1,)
+        _check_tensor(op, "tile_start", tile_start, torch.int32, starts, layout.device)
+    if name == "weight":
+        _check_tensor(op, name, first, first.dtype, of_weight, layout.device)
     positions = None
     for flow, units in (("x", rows if given.get("transposed") else columns), ("g", rows)):
         if flow not in given:

@@ -16,9 +16,9 @@ that depends on the pattern and the shapes alone: results are the same for any n
 between instruction sets. `sparse_reference.py` serves wherever the binary has no kernel.
 
 `tiled_matmul` and `tiled_sample` compute the same dense, tile by tile: the zeros of the mask are written where a tile
-of the weight is loaded, and of the gradient of the weight only what the mask keeps is stored. They take the layout
-alone, and for packed values `tile_start`; weight, flows and results have one dtype, with sums in float32. Kernels are
-on CUDA, for all but float64. There every sum is formed in an order that the shapes alone decide.
+of the weight is loaded, and of the gradient of the weight only what the mask keeps is stored. The weight is packed, or
+dense [G, O, K] with the mask's bits. Weight, flows and results have one dtype, with sums in float32. Kernels are on
+CUDA alone, for all but float64. There every sum is formed in an order that the shapes alone decide.
 """
 
 from __future__ import annotations
@@ -31,13 +31,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import sparse_reference
-from .checks import STRETCH, check_arguments, refuse
+from .checks import STRETCH, check_arguments
 from .ops import _LIBRARY, mask_unpack
 from .reference import WeightMap, map_slope
 
 __all__ = [
     "KERNELS",
     "Pattern",
+    "Tiles",
     "shifted_matmul",
     "sparse_gather",
     "sparse_index",
@@ -52,7 +53,7 @@ __all__ = [
 KERNELS = {"auto": 0, "lanes": 1, "gather": 2, "expand": 3}  # of sparse_matmul; the last two for T = 1
 
 _ROWS = "Tensor layout, Tensor row_start, Tensor index"
-_TILES = "Tensor layout, Tensor? tile_start, int columns"
+_TILES = "Tensor layout, Tensor? index, Tensor? tile_start, int columns"
 _BOTH = f"{_ROWS}, Tensor? layout_t, Tensor? row_start_t, Tensor? index_t, Tensor? order, int columns"
 
 SCHEMAS: dict[str, str] = {
@@ -63,7 +64,7 @@ SCHEMAS: dict[str, str] = {
     "sparse_gather": f"(Tensor dense, {_ROWS}, int columns) -> Tensor",
     "sparse_scatter": f"(Tensor values, {_ROWS}, int columns) -> Tensor",
     "tiled_matmul": f"(Tensor weight, Tensor x, bool transposed, {_TILES}) -> Tensor",
-    "tiled_sample": f"(Tensor x, Tensor g, int stored, {_TILES}) -> Tensor",
+    "tiled_sample": f"(Tensor x, Tensor g, {_TILES}) -> Tensor",
     "shifted_matmul": "(Tensor w, Tensor shift, Tensor x, int length) -> Tensor",
 }
 
@@ -120,9 +121,9 @@ def _fake_matmul(
 
 
 def _fake_tiled_sample(
-    x: Tensor, g: Tensor, stored: int, layout: Tensor, tile_start: Tensor | None, columns: int
+    x: Tensor, g: Tensor, layout: Tensor, index: Tensor | None, tile_start: Tensor | None, columns: int
 ) -> Tensor:
-    return x.new_empty((*layout.shape[:2], columns) if tile_start is None else (stored,))
+    return x.new_empty((*layout.shape[:2], columns) if index is None else index.shape)
 
 
 _FAKES: dict[str, Callable[..., Any]] = {
@@ -131,7 +132,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "sparse_sample": lambda x, g, layout, row_start, index, *rest: x.new_empty(index.shape[0]),
     "sparse_gather": lambda dense, layout, row_start, index, columns: dense.new_empty(index.shape[0]),
     "sparse_scatter": lambda values, layout, row_start, index, columns: values.new_empty((*layout.shape[:2], columns)),
-    "tiled_matmul": lambda weight, x, transposed, layout, tile_start, columns: x.new_empty(
+    "tiled_matmul": lambda weight, x, transposed, layout, index, tile_start, columns: x.new_empty(
         (*x.shape[:2], columns if transposed else layout.shape[1])
     ),
     "tiled_sample": _fake_tiled_sample,
@@ -224,15 +225,14 @@ def _tiled_matmul_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_weight = grad_x = None
     if ctx.needs_input_grad[0]:
         at_columns, at_rows = (grad, x) if ctx.transposed else (x, grad)  # [G, T, K], [G, T, O]
-        grad_weight = _call("tiled_sample", at_columns, at_rows, weight.shape[0] if weight.dim() == 1 else 0, *tiles)
+        grad_weight = _call("tiled_sample", at_columns, at_rows, *tiles)
     if ctx.needs_input_grad[1]:
         grad_x = _call("tiled_matmul", weight, grad, not ctx.transposed, *tiles)
-    return grad_weight, grad_x, None, None, None, None
+    return grad_weight, grad_x, *[None] * (len(_NAMES["tiled_matmul"]) - 2)
 
 
 def _save_tiled_sample(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, g, _, *tiles = inputs
-    _keep(ctx, 2, (x, g), tuple(tiles))
+    _keep(ctx, 2, inputs[:2], inputs[2:])
 
 
 def _tiled_sample_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -242,7 +242,7 @@ def _tiled_sample_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_x = _call("tiled_matmul", grad, g, True, *tiles)
     if ctx.needs_input_grad[1]:
         grad_g = _call("tiled_matmul", grad, x, False, *tiles)
-    return grad_x, grad_g, None, None, None, None
+    return grad_x, grad_g, *[None] * (len(_NAMES["tiled_sample"]) - 2)
 
 
 def _save_shifted(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -372,51 +372,53 @@ def sparse_scatter(values: Tensor, pattern: Pattern) -> Tensor:
     return _call("sparse_scatter", values, *pattern.rows)
 
 
+class Tiles(NamedTuple):
+    """Where a masked weight has its entries, for products in tiles: the last arguments of the tiled ops.
+
+    `column_index` and `tile_start` are None for a dense weight; an `index` a tuple has of its own.
+    """
+
+    layout: Tensor
+    column_index: Tensor | None
+    tile_start: Tensor | None
+    columns: int
+
+
 def tile_starts(layout: Tensor, columns: int) -> Tensor:
-    """[G * O, ceil(K / 128)] int32: where the entries of each 128 columns of a row begin among all entries.
+    """[G * O * ceil(K / 64) + 1] int32: where the entries of each 64 columns of a row begin, and the last ones end.
 
     Args:
-        layout: [G, O, W] int16.
-
-    Raises:
-        ValueError: more than 2^31 - 1 entries.
+        layout: [G, O, W] int16, of at most 2^31 - 1 entries.
     """
     bits = mask_unpack(layout, columns)
-    counts = F.pad(bits, (0, -columns % STRETCH)).flatten(0, 1).unflatten(1, (-1, STRETCH)).sum(-1)
-    ends = counts.flatten().cumsum(0)
-    if not torch.compiler.is_compiling() and ends.numel() and int(ends[-1]) > sparse_reference.MOST_STORED:
-        refuse("tile_starts", "layout", "at most 2^31 - 1 entries", int(ends[-1]))
-    return (ends.view_as(counts) - counts).to(torch.int32)
+    ends = F.pad(bits, (0, -columns % STRETCH)).view(-1, STRETCH).sum(-1).cumsum(0)
+    return torch.cat((ends.new_zeros(1), ends)).to(torch.int32)
 
 
-def tiled_matmul(
-    weight: Tensor, x: Tensor, layout: Tensor, tile_start: Tensor | None, columns: int, transposed: bool = False
-) -> Tensor:
+def tiled_matmul(weight: Tensor, x: Tensor, tiles: Tiles, transposed: bool = False) -> Tensor:
     """y_tr = sum_c w_rc x_tc over the entries. Differentiable, twice and more, in `weight` and `x`.
 
     Args:
         weight: packed [stored], in mask order; or dense [G, O, K], of which entries off the mask are not looked at.
         x: [G, T, K]; transposed: [G, T, O]; of the weight's dtype.
-        layout: [G, O, W] int16; tile_start: of `tile_starts`, None for a dense weight.
         transposed: sum over the rows, y_tc = sum_r w_rc x_tr.
 
     Returns:
         [G, T, O] of the weight's dtype; transposed: [G, T, K].
     """
-    return _call("tiled_matmul", weight, x, transposed, layout, tile_start, columns)
+    return _call("tiled_matmul", weight, x, transposed, *tiles)
 
 
-def tiled_sample(x: Tensor, g: Tensor, layout: Tensor, tile_start: Tensor | None, columns: int, stored: int) -> Tensor:
+def tiled_sample(x: Tensor, g: Tensor, tiles: Tiles) -> Tensor:
     """sum_t g_tr x_tc at every entry (r, c). Differentiable in both.
 
     Args:
         x: [G, T, K]; g: [G, T, O], of x's dtype.
-        layout, tile_start: as for `tiled_matmul`; stored: the number of entries.
 
     Returns:
-        [stored] of x's dtype; without `tile_start` [G, O, K], with zeros off the mask.
+        [stored] of x's dtype; where the tiles are of a dense weight, [G, O, K] with zeros off the mask.
     """
-    return _call("tiled_sample", x, g, stored, layout, tile_start, columns)
+    return _call("tiled_sample", x, g, *tiles)
 
 
 def shifted_matmul(w: Tensor, shift: Tensor, x: Tensor, length: int) -> Tensor:

@@ -95,21 +95,27 @@ def sparse_scatter(values: Tensor, layout: Tensor, row_start: Tensor, index: Ten
 
 @checked
 def tiled_matmul(
-    weight: Tensor, x: Tensor, transposed: bool, layout: Tensor, tile_start: Tensor | None, columns: int
+    weight: Tensor,
+    x: Tensor,
+    transposed: bool,
+    layout: Tensor,
+    index: Tensor | None,
+    tile_start: Tensor | None,
+    columns: int,
 ) -> Tensor:
     """[G, T, O] for x [G, T, K]; transposed: [G, T, K] for x [G, T, O]. In float64, rounded once."""
     bits = mask_unpack(layout, columns)
-    dense = _written_out(weight, layout, columns) if tile_start is not None else torch.where(bits, weight, 0)
+    dense = torch.where(bits, weight, 0) if index is None else _written_out(weight, layout, columns)
     return (x.double() @ (dense.double() if transposed else dense.double().mT)).to(x.dtype)
 
 
 @checked
 def tiled_sample(
-    x: Tensor, g: Tensor, stored: int, layout: Tensor, tile_start: Tensor | None, columns: int
+    x: Tensor, g: Tensor, layout: Tensor, index: Tensor | None, tile_start: Tensor | None, columns: int
 ) -> Tensor:
-    """[stored]: sum_t g_tr x_tc at the entries; without tile_start [G, O, K]. In float64, rounded once."""
+    """[stored]: sum_t g_tr x_tc at the entries; for a dense weight [G, O, K]. In float64, rounded once."""
     bits, sums = mask_unpack(layout, columns), g.double().mT @ x.double()
-    return (sums[bits] if tile_start is not None else torch.where(bits, sums, 0)).to(x.dtype)
+    return (torch.where(bits, sums, 0) if index is None else sums[bits]).to(x.dtype)
 
 
 @checked

@@ -197,4 +197,10 @@ T atomicAnd(T* place, T value) {
   return old;
 }
 inline int __popc(unsigned bits) { return std::popcount(bits); }
+inline int __clz(int bits) { return std::countl_zero(static_cast<unsigned>(bits)); }
+inline unsigned __brev(unsigned bits) {
+  unsigned reversed = 0;
+  for (int i = 0; i < 32; ++i) reversed |= (bits >> i & 1u) << (31 - i);
+  return reversed;
+}
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
