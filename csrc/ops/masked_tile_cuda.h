@@ -52,13 +52,13 @@ class MaskedTile<W, kRows, kColumns, true> : RowLanes<W, kRows, kColumns> {
  public:
   // Reads the thread's part of the tile that begins at (row, column) of the group.
   __device__ __forceinline__ void read(const MaskedWeight& w, int group, int row, int column) {
-    const Starts start(w, group, row, column);
+    Starts starts(w, group, row, column);
     column_ = column;
     longest_ = 0;
 #pragma unroll
-    for (int p = 0; p < kPasses; ++p) {
-      const int begin = start.begin(p);
-      count_[p] = start.end(p) - begin;
+    for (int p = 0; p < kPasses; ++p, starts.go_down()) {
+      const int begin = starts.begin(p);
+      count_[p] = starts.end(p) - begin;
       longest_ = count_[p] > longest_ ? count_[p] : longest_;
       const W* values = static_cast<const W*>(w.values) + begin;
       const uint16_t* index = w.index + begin;
@@ -85,7 +85,25 @@ class MaskedTile<W, kRows, kColumns, true> : RowLanes<W, kRows, kColumns> {
         if (b * kLanes < count_[p]) put(to, p, held_[p][b]);
       }
     }
-    if (longest_ > kBatches * kLanes) write_rest(w, Starts(w, group, row, column), to);
+    if (longest_ <= kBatches * kLanes) return;
+    // What is more than was held: of all rows at once, so that many reads are on their way.
+    int begin[kPasses];
+    Starts starts(w, group, row, column);
+#pragma unroll
+    for (int p = 0; p < kPasses; ++p, starts.go_down()) begin[p] = starts.begin(p);
+#pragma unroll 1
+    for (int i = kBatches * kLanes; i < longest_; i += kLanes) {
+      Entry entry[kPasses];
+#pragma unroll
+      for (int p = 0; p < kPasses; ++p) {
+        const int place = begin[p] + i;
+        if (i < count_[p]) entry[p].read(static_cast<const W*>(w.values) + place, w.index + place);
+      }
+#pragma unroll
+      for (int p = 0; p < kPasses; ++p) {
+        if (i < count_[p]) put(to, p, entry[p]);
+      }
+    }
   }
 
  private:
@@ -121,34 +139,15 @@ class MaskedTile<W, kRows, kColumns, true> : RowLanes<W, kRows, kColumns> {
       stretches = left < kMost ? left : kMost;
       rows = static_cast<int>(w.rows) - row - Lanes::row(0);
     }
+    // Of the row of a pass, and 0 where it does not exist.
     __device__ __forceinline__ int begin(int pass) const {
-      return pass * kRowsAtOnce < rows ? first[pass * step] + Lanes::lane() : 0;
+      return pass * kRowsAtOnce < rows ? first[0] + Lanes::lane() : 0;
     }
     __device__ __forceinline__ int end(int pass) const {
-      return pass * kRowsAtOnce < rows ? first[pass * step + stretches] : 0;
+      return pass * kRowsAtOnce < rows ? first[stretches] : 0;
     }
+    __device__ __forceinline__ void go_down() { first += step; }
   };
-
-  // What is more than was held: of all rows at once, so that many reads are on their way.
-  __device__ __forceinline__ void write_rest(const MaskedWeight& w, const Starts& start,
-                                             Shared* to) const {
-    int begin[kPasses];
-#pragma unroll
-    for (int p = 0; p < kPasses; ++p) begin[p] = start.begin(p);
-#pragma unroll 1
-    for (int i = kBatches * kLanes; i < longest_; i += kLanes) {
-      Entry entry[kPasses];
-#pragma unroll
-      for (int p = 0; p < kPasses; ++p) {
-        const int place = begin[p] + i;
-        if (i < count_[p]) entry[p].read(static_cast<const W*>(w.values) + place, w.index + place);
-      }
-#pragma unroll
-      for (int p = 0; p < kPasses; ++p) {
-        if (i < count_[p]) put(to, p, entry[p]);
-      }
-    }
-  }
 
   // A tile begins at a multiple of its columns, and so, of 2^16 too, of them the index has the
   // rest.

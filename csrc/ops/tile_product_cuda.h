@@ -227,7 +227,11 @@ class Product<float, kColumns, kDepth, kIsTurnedA, kIsTurnedB> {
     } else {
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
-        const Vector<float> vector = *tile->at(place<false>(thread, first + i), k);
+        // kSide rows further down vectors are turned alike.
+        constexpr uint32_t kApart = kSide * Tile::kColumns * sizeof(float);
+        const uint32_t place = Tile::offset(thread, k) + (first + i) * kApart;
+        const auto vector =
+            *reinterpret_cast<const Vector<float>*>(reinterpret_cast<const char*>(tile) + place);
 #pragma unroll
         for (int e = 0; e < kStep; ++e) to[i][e] = vector.item[e];
       }
