@@ -117,11 +117,13 @@ class TiledArguments {
     if (storage == Storage::kFloat64) {
       refuse(op, name, "float32, bfloat16 or float16 on CUDA", describe(values));
     }
+    if (index.has_value() != tile_start.has_value()) {
+      refuse(op, "tile_start", "index and tile_start, or neither", index ? "None" : "no index");
+    }
     if (tile_start) {
       check_tensor(op, "tile_start", *tile_start, ScalarType::Int, {groups * rows * stretches + 1},
                    layout);
       tile_start_ = torch::stable::contiguous(*tile_start);
-      if (!index) refuse(op, "tile_start", "index and tile_start, or neither", "no index");
       if (index->dim() != 1) refuse(op, "index", "1 dimension [stored]", describe(*index));
       check_tensor(op, "index", *index, ScalarType::Short, {index->size(0)}, layout);
       index_ = torch::stable::contiguous(*index);

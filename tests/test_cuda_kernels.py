@@ -138,6 +138,11 @@ def test_kernels_on_the_host(emulation: Path) -> None:
 
 
 @pytest.mark.slow
+def test_tiled_kernels_on_the_host(emulation: Path) -> None:
+    passes_on_the_host(emulation, ["test_tiled_products.py"], "tiled")
+
+
+@pytest.mark.slow
 def test_walk_kernels_on_the_host(emulation: Path) -> None:
     passes_on_the_host(emulation, ["test_walk_kernels.py"], "not host")
 

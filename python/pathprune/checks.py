@@ -227,7 +227,8 @@ def _check_tiled(op: str, given: Mapping[str, Any]) -> None:
     _check_tensor(op, "layout", layout, torch.int16, (groups, rows, words(columns)), first.device)
     if first.dtype not in WEIGHT_DTYPES:
         refuse(op, name, _FLOATS, first)
-    tile_start, of_weight = given["tile_start"], (groups, rows, columns)
+    tile_start = given["tile_start"]
+    of_weight: tuple[int, ...] = (groups, rows, columns)
     if (index is None) != (tile_start is None):
         refuse(op, "tile_start", "index and tile_start, or neither", tile_start)
     if index is not None:
