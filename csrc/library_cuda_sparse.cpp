@@ -86,6 +86,38 @@ Tensor sparse_sample(const Tensor& x, const Tensor& g, const Tensor& layout,
   return sums;
 }
 
+Tensor sparse_gather(const Tensor& dense, const Tensor& layout, const Tensor& row_start,
+                     const Tensor& index, int64_t columns) {
+  const char* op = "sparse_gather";
+  const OnDevice device(dense);
+  const PatternArguments pattern(op, layout, row_start, index, std::nullopt, std::nullopt,
+                                 std::nullopt, std::nullopt, columns);
+  const Pattern& w = pattern.view();
+  const Storage storage = check_storage(op, "dense", dense);
+  check_tensor(op, "dense", dense, dense.scalar_type(), {w.groups, w.rows, columns}, layout);
+  const Tensor from = torch::stable::contiguous(dense);
+  const Tensor values = new_tensor(dense, {pattern.stored()}, dense.scalar_type());
+  check(op, gather_entries(w, storage, from.const_data_ptr(), values.mutable_data_ptr(),
+                           device.stream()));
+  return values;
+}
+
+Tensor sparse_scatter(const Tensor& values, const Tensor& layout, const Tensor& row_start,
+                      const Tensor& index, int64_t columns) {
+  const char* op = "sparse_scatter";
+  const OnDevice device(values);
+  const PatternArguments pattern(op, layout, row_start, index, std::nullopt, std::nullopt,
+                                 std::nullopt, std::nullopt, columns);
+  const Pattern& w = pattern.view();
+  const Storage storage = check_storage(op, "values", values);
+  pattern.check_values(op, values);
+  const Tensor stored = torch::stable::contiguous(values);
+  const Tensor dense = new_tensor(values, {w.groups, w.rows, columns}, values.scalar_type());
+  check(op, write_entries_out(w, storage, stored.const_data_ptr(), dense.mutable_data_ptr(),
+                              device.stream()));
+  return dense;
+}
+
 void check_counted(const char* op, const char* argument, int64_t length) {
   if (length <= kMostCounted) return;
   refuse(op, argument, "sides of at most " + std::to_string(kMostCounted) + " on CUDA",
@@ -250,6 +282,8 @@ Tensor shifted_matmul(const Tensor& w, const Tensor& shift, const Tensor& x, int
 STABLE_TORCH_LIBRARY_IMPL(pathprune, CUDA, m) {
   m.impl("sparse_matmul", TORCH_BOX(&pathprune::cuda::sparse_matmul));
   m.impl("sparse_sample", TORCH_BOX(&pathprune::cuda::sparse_sample));
+  m.impl("sparse_gather", TORCH_BOX(&pathprune::cuda::sparse_gather));
+  m.impl("sparse_scatter", TORCH_BOX(&pathprune::cuda::sparse_scatter));
   m.impl("tiled_matmul", TORCH_BOX(&pathprune::cuda::tiled_matmul));
   m.impl("tiled_sample", TORCH_BOX(&pathprune::cuda::tiled_sample));
   m.impl("shifted_matmul", TORCH_BOX(&pathprune::cuda::shifted_matmul));

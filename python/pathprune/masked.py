@@ -121,16 +121,20 @@ class _Picoseconds(NamedTuple):
     narrow: float  # in tiles, up to NARROW rows
     wide: float  # in tiles, for each WIDE rows
     crowded: float  # in tiles, for what d is above 0.2: entries that are not read ahead
-    written: float  # dense: zeros written out, and read
-    read: float  # dense, on a weight that has its zeros: read
-    row: float  # dense, for each row of x
+    written: float  # dense: zeros written out
+    read: float  # dense: the weight read, or
+    row: float  # for each row of x multiplied, what takes longer
+
+    def dense(self, batch: int) -> float:
+        """On a weight that has its zeros."""
+        return max(self.read, self.row * batch)
 
 
 # Predicted for an H200, bytes and instructions as benchmarks/roofline.md counts them, by bytes of a number;
 # not yet measured on any GPU.
 _CUDA = {
-    2: _Picoseconds(0.9, 0.39, 0.54, 0.64, 1.1, 0.47, 0.0033),
-    4: _Picoseconds(1.4, 1.9, 2.8, 0.64, 2.1, 0.93, 0.04),
+    2: _Picoseconds(0.9, 0.39, 0.44, 0.64, 0.6, 0.47, 0.0033),
+    4: _Picoseconds(1.4, 2.0, 3.6, 0.64, 1.1, 0.93, 0.04),
 }
 _NARROW, _WIDE, _TILE = 32, 64, 128
 
@@ -138,16 +142,16 @@ _NARROW, _WIDE, _TILE = 32, 64, 128
 def cuda_times(rows: int, columns: int, density: float, batch: int, dtype: torch.dtype) -> dict[str, float]:
     """Picoseconds a weight of each way to multiply on CUDA, as predicted: the smallest one is chosen.
 
-    "auto", the kernels by entries, for few rows of x or thin masks; "tiles" from there to some 200 rows (16-bit
-    numbers), or to about any number (float32); "dense", cuBLAS on a weight with its zeros written out, beyond.
-    float64 has "auto" and "dense" alone. Launches are not counted, so for layers of less than some hundred
+    "auto", the kernels by entries, for few rows of x or thin masks; "tiles" from there to some 150 rows (16-bit
+    numbers) or 60 (float32); "dense", cuBLAS on a weight with its zeros written out, beyond. float64 has "auto" and
+    "dense" alone. Launches are not counted, so for layers of less than some hundred
     thousand weights, where they are what counts, the choice means little.
     """
     cost = _CUDA[2 if dtype.itemsize == 2 else 4]
     # A tile that hangs over the edge of the weight takes as long as a whole one.
     padded = -(-rows // _TILE) * _TILE * (-(-columns // _WIDE) * _WIDE) / max(1, rows * columns)
     passes = cost.narrow if batch <= _NARROW else cost.wide * -(-batch // _WIDE)
-    times = {"auto": density * max(cost.entry, batch), "dense": cost.written + cost.row * batch}
+    times = {"auto": density * max(cost.entry, batch), "dense": cost.written + cost.dense(batch)}
     if dtype != torch.float64:
         times["tiles"] = padded * (passes + cost.crowded * max(0.0, density - 0.2))
     return times
@@ -182,7 +186,7 @@ def expected_speedup(
     """
     if on_cuda is not None:
         cost = _CUDA[2 if on_cuda.itemsize == 2 else 4]
-        return (cost.read + cost.row * batch) / min(cuda_times(rows, columns, density, batch, on_cuda).values())
+        return cost.dense(batch) / min(cuda_times(rows, columns, density, batch, on_cuda).values())
     side, kept = math.sqrt(max(1, rows * columns)), max(density, 1e-6)
     log = 0.0
     s, d, b = _between(_SIDES, side), _between(_DENSITIES, kept), _between(_BATCHES, max(1, batch))
