@@ -142,7 +142,7 @@ _NARROW, _WIDE, _TILE = 32, 64, 128
 def cuda_times(rows: int, columns: int, density: float, batch: int, dtype: torch.dtype) -> dict[str, float]:
     """Picoseconds a weight of each way to multiply on CUDA, as predicted: the smallest one is chosen.
 
-    "auto", the kernels by entries, for few rows of x or thin masks; "tiles" from there to some 150 rows (16-bit
+    "auto", the kernels by entries, for few rows of x or thin masks; "tiles" from there to some 130 rows (16-bit
     numbers) or 60 (float32); "dense", cuBLAS on a weight with its zeros written out, beyond. float64 has "auto" and
     "dense" alone. Launches are not counted, so for layers of less than some hundred
     thousand weights, where they are what counts, the choice means little.
