@@ -56,7 +56,7 @@ def test_tiled_products(shape: tuple[int, int, int, float], dtype: torch.dtype, 
     weight, bits = (t.to(device) for t in weight_of(shape, dtype))
     off_the_mask = torch.where(bits, weight, torch.nan)
     masked, values = weight.double(), weight[bits]
-    for positions in (0, 1, 7, 8, 9, 33, 65):
+    for positions in (0, 1, 7, 8, 9, 64, 65):
         x, g = (
             flow(groups, positions, units, dtype=dtype, seed=i).to(device) for i, units in enumerate((columns, rows))
         )
@@ -79,14 +79,15 @@ def test_tiled_products(shape: tuple[int, int, int, float], dtype: torch.dtype, 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_tiled_many_positions(dtype: torch.dtype, device: torch.device) -> None:
-    """Several tiles of positions; a depth of positions that is summed in parts."""
+    """The last narrow tile and the first wide one; several tiles; a depth of positions that is summed in parts."""
     weight, bits = (t.to(device) for t in weight_of((1, 70, 150, 0.2), dtype))
-    x, g = flow(1, 300, 150, dtype=dtype).to(device), flow(1, 300, 70, dtype=dtype, seed=2).to(device)
     tiles, masked = tiles_of(bits, True), weight.double()
-    y = sparse_ops.tiled_matmul(weight[bits], x, tiles)
-    assert near(y, x.double() @ masked.mT, x.double().abs() @ masked.abs().mT, 150)
-    sums, exact = sparse_ops.tiled_sample(x, g, tiles), (g.double().mT @ x.double())[bits]
-    assert near(sums, exact, (g.double().abs().mT @ x.double().abs())[bits], 300)
+    for positions in (32, 33, 300):
+        x, g = (flow(1, positions, units, dtype=dtype, seed=units).to(device) for units in (150, 70))
+        y = sparse_ops.tiled_matmul(weight[bits], x, tiles)
+        assert near(y, x.double() @ masked.mT, x.double().abs() @ masked.abs().mT, 150)
+        sums, exact = sparse_ops.tiled_sample(x, g, tiles), (g.double().mT @ x.double())[bits]
+        assert near(sums, exact, (g.double().abs().mT @ x.double().abs())[bits], positions)
 
 
 def test_tiled_columns_beyond_the_index(device: torch.device) -> None:
@@ -253,6 +254,17 @@ def test_choice_on_cuda() -> None:
         batches = [cuda_times(512, 512, 0.3, batch, dtype) for batch in (1, 16, 64, 512)]
         for less, more in itertools.pairwise(batches):
             assert all(less[kernel] <= more[kernel] for kernel in less)
+
+
+def test_a_mask_tells_the_choice(device: torch.device) -> None:
+    """By the table of the CPU there, by predicted times on CUDA; and what is chosen is right."""
+    weight, bits = (t.to(device)[0] for t in weight_of((1, 256, 512, 0.1), torch.bfloat16))
+    mask, x = pp.pack_mask(bits), flow(32, 512, dtype=torch.bfloat16).to(device)
+    kernel = mask.kernel(32, dtype=torch.bfloat16)
+    times = cuda_times(256, 512, mask.density, 32, torch.bfloat16)
+    assert kernel == min(times, key=times.__getitem__) if device.type == "cuda" else kernel in ("auto", "dense")
+    y, exact = pp.masked_matmul(x, mask.gather(weight), mask), x.double() @ weight.double().T
+    assert near(y, exact, x.double().abs() @ weight.double().abs().T, 512)
 
 
 def test_expected_speedup_on_cuda() -> None:

@@ -2,10 +2,10 @@
 // with zeros where the mask has none. For .cu files.
 //
 // Eight or sixteen lanes take a row. Of packed weights they take entries side by side, and each
-// goes to its column: that is a handful of instructions for 32 entries, where finding the column of
-// each by its bit takes several times as many. Of dense weights they take vectors, of which the
-// bits keep what they keep. What is read stays in registers, so that a tile is on its way while the
-// one before is multiplied.
+// goes to its column, which is read: to find it by its bit takes a third more instructions, and
+// those bound the kernel, not bytes (benchmarks/roofline.md). Of dense weights they take vectors,
+// of which the bits say what stays. What is read stays in registers, so that a tile is on its way
+// while the one before is multiplied.
 
 #pragma once
 

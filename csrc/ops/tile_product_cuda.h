@@ -13,11 +13,10 @@
 
 #include "ops/mma_cuda.h"
 #include "ops/tile_weights_cuda.h"
+#include "ops/tiled.h"
 #include "ops/warp_cuda.h"
 
 namespace pathprune::cuda {
-
-inline constexpr int kProductRows = 128;
 
 // [kRows, kColumns] in shared memory, in vectors of 16 bytes. A row's vectors are moved about, so
 // that eight rows' vectors of one column lie in different banks.
@@ -83,7 +82,7 @@ template <typename W, int kColumns, int kDepth, bool kIsTurnedA, bool kIsTurnedB
   requires(sizeof(W) == 2)
 class Product<W, kColumns, kDepth, kIsTurnedA, kIsTurnedB> {
  public:
-  using A = Operand<W, kProductRows, kDepth, kIsTurnedA>;
+  using A = Operand<W, kTileRows, kDepth, kIsTurnedA>;
   using B = Operand<W, kColumns, kDepth, kIsTurnedB>;
 
   __device__ __forceinline__ void add(A* a, B* b) {
@@ -154,7 +153,7 @@ class Product<W, kColumns, kDepth, kIsTurnedA, kIsTurnedB> {
 template <int kColumns, int kDepth, bool kIsTurnedA, bool kIsTurnedB>
 class Product<float, kColumns, kDepth, kIsTurnedA, kIsTurnedB> {
  public:
-  using A = Operand<float, kProductRows, kDepth, kIsTurnedA>;
+  using A = Operand<float, kTileRows, kDepth, kIsTurnedA>;
   using B = Operand<float, kColumns, kDepth, kIsTurnedB>;
 
   __device__ __forceinline__ void add(A* a, B* b) {
@@ -193,7 +192,7 @@ class Product<float, kColumns, kDepth, kIsTurnedA, kIsTurnedB> {
  private:
   // The threads lie 16 x 16 over the sums; kStep of the depth are in a vector.
   static constexpr int kSide = 16, kStep = kVector<float>;
-  static constexpr int kHigh = kProductRows / kSide, kWide = kColumns / kSide;
+  static constexpr int kHigh = kTileRows / kSide, kWide = kColumns / kSide;
   static constexpr int kAtOnce = kIsTurnedB ? kStep : 1;  // columns
   static_assert(kWide % kAtOnce == 0);
 

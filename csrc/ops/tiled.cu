@@ -3,7 +3,7 @@
 // A block takes a tile of 128 outputs by some positions, and of the depth a part. Step by step it
 // brings a tile of the weight to shared memory, with its zeros written out, and one of the flow;
 // those of the next step are on their way, the weight's in registers, while it multiplies. Sums of
-// parts are added up by a second kernel, in their order.
+// parts are added up by a second kernel, in their order, so that results are the same on every run.
 
 #include "ops/masked_tile_cuda.h"
 #include "ops/tiled_cuda.h"
