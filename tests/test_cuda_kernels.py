@@ -132,9 +132,14 @@ def test_kernels_on_the_host(emulation: Path) -> None:
     """Every kernel against the reference, without a GPU; each barrier and shuffle is checked to be whole."""
     assert set(op_samples.ROWS) == set(NAMES)
     chosen = "matches_reference or packed_is_dense or strided or tiles or anywhere or the_shape or nth_of"
-    chosen += " or (test_products and not 70001)"
+    chosen += " or (test_products and not 70001) or written_out"
     files = ["test_ops.py", "test_cuda_kernels.py", "test_masked_matmul.py", "test_pruned_convolution.py"]
     passes_on_the_host(emulation, files, f"not (large_row or large_packed) and ({chosen})")
+
+
+@pytest.mark.slow
+def test_tiled_kernels_on_the_host(emulation: Path) -> None:
+    passes_on_the_host(emulation, ["test_tiled_products.py"], "tiled")
 
 
 @pytest.mark.slow

@@ -67,7 +67,8 @@ def bound(exact_of_magnitudes: Tensor, terms: int, dtype: torch.dtype) -> Tensor
 
 @pytest.mark.parametrize("name", list(sparse_ops.SCHEMAS))
 def test_binary_is_complete(name: str) -> None:
-    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"pathprune::{name}", "CPU") == _library.cpu_loaded
+    on_cpu = _library.cpu_loaded and not name.startswith("tiled_")
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"pathprune::{name}", "CPU") == on_cpu
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -223,7 +224,7 @@ def test_opcheck() -> None:
             torch.library.opcheck(getattr(torch.ops.pathprune, name).default, arguments)
 
 
-@pytest.mark.parametrize("kernel", ["auto", "dense", None])
+@pytest.mark.parametrize("kernel", ["auto", "tiles", "dense", None])
 @pytest.mark.parametrize("packed", [False, True])
 def test_gradients_of_masked_matmul(kernel: str | None, packed: bool) -> None:
     weight, bits = weight_of((1, 7, 19, 0.4), torch.float64)
@@ -272,7 +273,7 @@ def test_low_precision_and_autocast(dtype: torch.dtype) -> None:
     assert values.grad.dtype == torch.float32
 
 
-@pytest.mark.parametrize("kernel", ["auto", "dense"])
+@pytest.mark.parametrize("kernel", ["auto", "tiles", "dense"])
 def test_compile(kernel: str) -> None:
     weight, bits = weight_of((1, 30, 100, 0.2), torch.float32)
     mask = pp.pack_mask(bits[0])
@@ -313,7 +314,7 @@ def test_any_mask(rows: int, columns: int, density: float, batch: int, seed: int
     values, x = mask.gather(weight[0]), flow(batch, columns, dtype=torch.float64, seed=seed)
     assert torch.equal(mask.scatter(values), weight[0])
     assert torch.equal(mask.bits(), bits[0])
-    for kernel in ("auto", "lanes", "dense"):
+    for kernel in ("auto", "lanes", "tiles", "dense"):
         torch.testing.assert_close(pp.masked_matmul(x, values, mask, kernel=kernel), x @ weight[0].T)
 
 

@@ -22,6 +22,8 @@ const char* name_of(ScalarType type) {
       return "float16";
     case ScalarType::Short:
       return "int16";
+    case ScalarType::Int:
+      return "int32";
     case ScalarType::Long:
       return "int64";
     case ScalarType::Bool:

@@ -7,6 +7,7 @@
 // shapes alone decide.
 
 #include "ops/sparse_cuda.h"
+#include "ops/tile_weights_cuda.h"
 #include "ops/warp_cuda.h"
 
 namespace pathprune::cuda {
@@ -105,7 +106,78 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
+// Writes `stored` out to `dense`, with zeros elsewhere; or gathers `stored` from `dense`. T has the
+// size of the values.
+template <typename T, bool kWritesOut>
+__global__ void __launch_bounds__(kThreads, 1)
+    move_entries(const Pattern w, const bool vectors, T* stored, T* dense) {
+  const int lane = lane_of_thread();
+  const Weights weights = {nullptr,  {},     nullptr,   w.layout, w.row_start,
+                           w.groups, w.rows, w.columns, w.words};
+  for (int64_t flat = warp_of_grid(); flat < w.groups * w.rows; flat += warps_of_grid()) {
+    T* const row = dense + flat * w.columns;
+    int64_t start = w.row_start[flat];
+    for (int64_t tile = 0; tile < tiles_of_row(w.words); ++tile) {
+      const uint32_t word = word_of_lane(w.layout, weights, flat, tile, lane);
+      int total;
+      const int before = warp_sum_before(__popc(word), lane, &total);
+#pragma unroll
+      for (int i = 0; i < kLaneColumns; i += kVector<T>) {
+        uint32_t rest;
+        const int rank = rank_of_column<kVector<T>>(word, before, lane, i, &rest);
+        T* const first = stored + start + rank;
+        const int64_t column = tile * kTileColumns + lane_column(kVector<T>, lane, i);
+        Vector<T> vector{};
+#pragma unroll
+        for (int e = 0; e < kVector<T>; ++e) {
+          T* const entry = first + __popc(bits_before(rest, e));
+          if (!(rest >> e & 1)) continue;
+          if constexpr (kWritesOut) {
+            vector.item[e] = *entry;
+          } else {
+            *entry = row[column + e];
+          }
+        }
+        if constexpr (kWritesOut) {
+          if (vectors) {
+            if (column < w.columns) *reinterpret_cast<Vector<T>*>(row + column) = vector;
+          } else {
+#pragma unroll
+            for (int e = 0; e < kVector<T>; ++e) {
+              if (column + e < w.columns) row[column + e] = vector.item[e];
+            }
+          }
+        }
+      }
+      start += total;
+    }
+  }
+}
+
+template <bool kWritesOut>
+cudaError_t launch_move(const Pattern& w, Storage storage, void* stored, void* dense,
+                        cudaStream_t stream) {
+  const auto run = [&]<typename T>(T) {
+    return launch(move_entries<T, kWritesOut>, blocks_for(w.groups * w.rows, kWarps), kThreads,
+                  stream, w, has_vectors<T>(dense, w.columns), static_cast<T*>(stored),
+                  static_cast<T*>(dense));
+  };
+  return storage == Storage::kFloat64   ? run(uint64_t())
+         : storage == Storage::kFloat32 ? run(uint32_t())
+                                        : run(uint16_t());
+}
+
 }  // namespace
+
+cudaError_t write_entries_out(const Pattern& w, Storage storage, const void* values, void* dense,
+                              cudaStream_t stream) {
+  return launch_move<true>(w, storage, const_cast<void*>(values), dense, stream);
+}
+
+cudaError_t gather_entries(const Pattern& w, Storage storage, const void* dense, void* values,
+                           cudaStream_t stream) {
+  return launch_move<false>(w, storage, values, const_cast<void*>(dense), stream);
+}
 
 cudaError_t multiply_entries(const Pattern& w, const void* values, Storage storage, WeightMap f,
                              const void* x, int64_t positions, void* y, cudaStream_t stream) {

@@ -21,4 +21,11 @@ cudaError_t multiply_entries(const Pattern& w, const void* values, Storage stora
 cudaError_t sample_entries(const Pattern& w, bool is_double, const void* x, const void* g,
                            int64_t positions, void* sums, cudaStream_t stream);
 
+// dense [G, O, K] = the values at the entries, zeros elsewhere; and values [stored] = dense at the
+// entries. Any number of columns; index and order are not looked at.
+cudaError_t write_entries_out(const Pattern& w, Storage storage, const void* values, void* dense,
+                              cudaStream_t stream);
+cudaError_t gather_entries(const Pattern& w, Storage storage, const void* dense, void* values,
+                           cudaStream_t stream);
+
 }  // namespace pathprune::cuda

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 WORD = 16  # columns in one mask word
+STRETCH = 64  # columns whose entries `tile_start` tells the beginning of
 WEIGHT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _FLOATS = "float32, float64, bfloat16 or float16"
 _LEAST = {"columns": 0, "capacity": 0, "stride": 1, "n": 0, "offset": 0}
@@ -60,6 +61,9 @@ def check_arguments(op: str, given: Mapping[str, Any]) -> None:
             refuse(op, name, f"a number >= {_LEAST[name]}", value)
     if op.startswith("sparse_"):
         _check_sparse(op, given)
+        return
+    if op.startswith("tiled_"):
+        _check_tiled(op, given)
         return
     if "weight" in given:
         groups, rows, columns = _check_weight(op, given)
@@ -211,6 +215,39 @@ def _check_sparse(op: str, given: Mapping[str, Any]) -> None:
             dtype = dtype or accumulate_dtype(flow.dtype)
             positions = flow.shape[1] if positions is None else positions
             _check_tensor(op, name, flow, dtype, (groups, positions, units[name]), device)
+
+
+def _check_tiled(op: str, given: Mapping[str, Any]) -> None:
+    """Checks the arguments of an op on a masked weight that is computed dense."""
+    name = "weight" if "weight" in given else "x"
+    layout, index, columns, first = given["layout"], given["index"], given["columns"], given[name]
+    if layout.dim() != 3:
+        refuse(op, "layout", "3 dimensions [G, O, W]", layout)
+    groups, rows = layout.shape[:2]
+    _check_tensor(op, "layout", layout, torch.int16, (groups, rows, words(columns)), first.device)
+    if first.dtype not in WEIGHT_DTYPES:
+        refuse(op, name, _FLOATS, first)
+    tile_start = given["tile_start"]
+    of_weight: tuple[int, ...] = (groups, rows, columns)
+    if (index is None) != (tile_start is None):
+        refuse(op, "tile_start", "index and tile_start, or neither", tile_start)
+    if index is not None:
+        if index.dim() != 1:
+            refuse(op, "index", "1 dimension [stored]", index)
+        of_weight = (index.shape[0],)
+        _check_tensor(op, "index", index, torch.int16, of_weight, layout.device)
+        starts = (groups * rows * -(-columns // STRETCH) + 1,)
+        _check_tensor(op, "tile_start", tile_start, torch.int32, starts, layout.device)
+    if name == "weight":
+        _check_tensor(op, name, first, first.dtype, of_weight, layout.device)
+    positions = None
+    for flow, units in (("x", rows if given.get("transposed") else columns), ("g", rows)):
+        if flow not in given:
+            continue
+        if given[flow].dim() != 3:
+            refuse(op, flow, "3 dimensions [G, T, units]", given[flow])
+        positions = given[flow].shape[1] if positions is None else positions
+        _check_tensor(op, flow, given[flow], first.dtype, (groups, positions, units), layout.device)
 
 
 def _check_sparse_values(

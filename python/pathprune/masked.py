@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +17,19 @@ from torch import Tensor
 
 from .checks import WEIGHT_DTYPES, accumulate_dtype, refuse
 from .ops import mask_pack, mask_unpack
-from .sparse_ops import KERNELS, Pattern, sparse_gather, sparse_index, sparse_matmul, sparse_scatter
+from .sparse_ops import (
+    KERNELS,
+    Pattern,
+    Tiles,
+    sparse_gather,
+    sparse_index,
+    sparse_matmul,
+    sparse_scatter,
+    tile_starts,
+    tiled_matmul,
+)
 
-__all__ = ["PackedMask", "expected_speedup", "masked_matmul", "pack_mask"]
+__all__ = ["PackedMask", "cuda_times", "expected_speedup", "masked_matmul", "pack_mask"]
 
 _OP = "masked_matmul"
 
@@ -104,6 +114,49 @@ _TRAINING: _Grid = (
 WRITING_OUT = 16
 
 
+class _Picoseconds(NamedTuple):
+    """What one weight of a product takes on a GPU, T rows of x, density d."""
+
+    entry: float  # by entries: d * max(entry, T); a read of x in L2 or L1 for every entry and row
+    narrow: float  # in tiles, up to NARROW rows
+    wide: float  # in tiles, for each WIDE rows
+    crowded: float  # in tiles, for what d is above 0.2: entries that are not read ahead
+    written: float  # dense: zeros written out
+    read: float  # dense: the weight read, or
+    row: float  # for each row of x multiplied, what takes longer
+
+    def dense(self, batch: int) -> float:
+        """On a weight that has its zeros."""
+        return max(self.read, self.row * batch)
+
+
+# Predicted for an H200, bytes and instructions as benchmarks/roofline.md counts them, by bytes of a number;
+# not yet measured on any GPU.
+_CUDA = {
+    2: _Picoseconds(0.9, 0.39, 0.44, 0.64, 0.6, 0.47, 0.0033),
+    4: _Picoseconds(1.4, 2.0, 3.6, 0.64, 1.1, 0.93, 0.04),
+}
+_NARROW, _WIDE, _TILE = 32, 64, 128
+
+
+def cuda_times(rows: int, columns: int, density: float, batch: int, dtype: torch.dtype) -> dict[str, float]:
+    """Picoseconds a weight of each way to multiply on CUDA, as predicted: the smallest one is chosen.
+
+    "auto", the kernels by entries, for few rows of x or thin masks; "tiles" from there to some 130 rows (16-bit
+    numbers) or 60 (float32); "dense", cuBLAS on a weight with its zeros written out, beyond. float64 has "auto" and
+    "dense" alone. Launches are not counted, so for layers of less than some hundred
+    thousand weights, where they are what counts, the choice means little.
+    """
+    cost = _CUDA[2 if dtype.itemsize == 2 else 4]
+    # A tile that hangs over the edge of the weight takes as long as a whole one.
+    padded = -(-rows // _TILE) * _TILE * (-(-columns // _WIDE) * _WIDE) / max(1, rows * columns)
+    passes = cost.narrow if batch <= _NARROW else cost.wide * -(-batch // _WIDE)
+    times = {"auto": density * max(cost.entry, batch), "dense": cost.written + cost.dense(batch)}
+    if dtype != torch.float64:
+        times["tiles"] = padded * (passes + cost.crowded * max(0.0, density - 0.2))
+    return times
+
+
 def _between(marks: tuple[float, ...], at: float) -> tuple[int, int, float]:
     """The marks beside `at`, and how far it is from the first to the second, on a logarithmic scale."""
     high = sum(mark < at for mark in marks)
@@ -113,7 +166,15 @@ def _between(marks: tuple[float, ...], at: float) -> tuple[int, int, float]:
     return low, high, math.log(at / marks[low]) / math.log(marks[high] / marks[low])
 
 
-def expected_speedup(rows: int, columns: int, density: float, batch: int, *, training: bool = False) -> float:
+def expected_speedup(
+    rows: int,
+    columns: int,
+    density: float,
+    batch: int,
+    *,
+    training: bool = False,
+    on_cuda: torch.dtype | None = None,
+) -> float:
     """How many times faster the sparse kernels should be than a dense product, by the measured table.
 
     Args:
@@ -121,7 +182,11 @@ def expected_speedup(rows: int, columns: int, density: float, batch: int, *, tra
         density: the share of it that is kept.
         batch: rows of x.
         training: forward and both gradients, instead of the forward alone.
+        on_cuda: the dtype of a weight on CUDA, where there is no measured table: by `cuda_times`.
     """
+    if on_cuda is not None:
+        cost = _CUDA[2 if on_cuda.itemsize == 2 else 4]
+        return cost.dense(batch) / min(cuda_times(rows, columns, density, batch, on_cuda).values())
     side, kept = math.sqrt(max(1, rows * columns)), max(density, 1e-6)
     log = 0.0
     s, d, b = _between(_SIDES, side), _between(_DENSITIES, kept), _between(_BATCHES, max(1, batch))
@@ -149,7 +214,8 @@ class PackedMask:
         self.pattern = pattern
         self.groups, self.out_features = int(pattern.layout.shape[0]), int(pattern.layout.shape[1])
         self.in_features, self.stored = pattern.columns, int(pattern.column_index.shape[0])
-        self._kernels: dict[tuple[int, bool], str] = {}
+        self._kernels: dict[tuple[int, bool, torch.dtype], str] = {}
+        self._tiles: Tiles | None = None
         watched = () if torch.compiler.is_compiling() else (pattern.layout, source)
         self._watched = [(weakref.ref(tensor), tensor._version) for tensor in watched if tensor is not None]
 
@@ -183,6 +249,17 @@ class PackedMask:
         """[out, in]: the values [stored] in their places, zeros elsewhere. Differentiable."""
         return self._of_weight(sparse_scatter(values, self.pattern))
 
+    def tiles(self) -> Tiles:
+        """What products in tiles of packed values take, made when first asked for."""
+        if self._tiles is not None:
+            return self._tiles
+        pattern = self.pattern
+        starts = tile_starts(pattern.layout, pattern.columns)
+        made = Tiles(pattern.layout, pattern.column_index, starts, pattern.columns)
+        if not torch.compiler.is_compiling():
+            self._tiles = made
+        return made
+
     def _of_weight(self, weight: Tensor) -> Tensor:
         return weight[0] if self.groups == 1 else weight
 
@@ -210,15 +287,24 @@ class PackedMask:
         """Over a dense product, by the measured table."""
         return expected_speedup(self.out_features, self.in_features, self.density, batch, training=training)
 
-    def kernel(self, batch: int, *, training: bool = False) -> str:
-        """What `masked_matmul` takes for so many rows of x: "auto", the sparse kernels, or "dense"."""
-        chosen = self._kernels.get((batch, training))
+    def kernel(self, batch: int, *, training: bool = False, dtype: torch.dtype = torch.float32) -> str:
+        """What `masked_matmul` takes for so many rows of x: "auto", the sparse kernels, "tiles", or "dense".
+
+        On the CPU by the measured table, whatever the dtype; on CUDA by `cuda_times`, which is a prediction.
+        """
+        chosen = self._kernels.get((batch, training, dtype))
         if chosen is None:
-            speedup = self.expected_speedup(batch, training=training)
-            chosen = "auto" if speedup >= batch / (batch + WRITING_OUT) else "dense"
+            chosen = self._faster(batch, training, dtype)
             if not torch.compiler.is_compiling():
-                self._kernels[batch, training] = chosen
+                self._kernels[batch, training, dtype] = chosen
         return chosen
+
+    def _faster(self, batch: int, training: bool, dtype: torch.dtype) -> str:
+        if self.device.type == "cuda":
+            times = cuda_times(self.out_features, self.in_features, self.density, batch, dtype)
+            return min(times, key=times.__getitem__)
+        speedup = self.expected_speedup(batch, training=training)
+        return "auto" if speedup >= batch / (batch + WRITING_OUT) else "dense"
 
     def check_unchanged(self, op: str = _OP) -> None:
         """Raises ValueError where a tensor has been written to since the mask was packed."""
@@ -271,8 +357,9 @@ def masked_matmul(
         weight: dense [out, in], its gradient dense; or packed [stored] (`mask.gather`), its gradient too.
         mask: [out, in] bool, packed for this call; or what `pack_mask` made of it.
         bias: [out].
-        kernel: None chooses by the measured table; "lanes", "gather", "expand" (the last two for one row of x),
-            "auto" (any of these) or "dense" forces one.
+        kernel: None chooses, as `PackedMask.kernel` tells; "lanes", "gather", "expand" (the last two for one row of
+            x), "auto" (any of these), "tiles" (dense products in tiles that the mask is applied to as they are loaded;
+            on CUDA, and without a kernel of its own on the CPU) or "dense" forces one.
 
     Returns:
         [..., out] of x's dtype.
@@ -289,18 +376,30 @@ def masked_matmul(
         packed.check_unchanged()
     x, weight, bias = _autocast(x, weight, bias)
     _check(x, weight, packed, bias)
-    values = weight if weight.dim() == 1 else packed.gather(weight)
     batch = math.prod(x.shape[:-1])
     if kernel is None:
         training = torch.is_grad_enabled() and (weight.requires_grad or x.requires_grad)
-        kernel = packed.kernel(batch, training=training)
+        kernel = packed.kernel(batch, training=training, dtype=x.dtype)
+    if kernel == "tiles":
+        return _in_tiles(x, weight, packed, bias, batch)
+    values = weight if weight.dim() == 1 else packed.gather(weight)
     if kernel == "dense":
         return F.linear(x, packed.scatter(values), bias)
     if kernel not in KERNELS:
-        refuse(_OP, "kernel", f"one of {[*KERNELS, 'dense']}", kernel)
+        refuse(_OP, "kernel", f"one of {[*KERNELS, 'tiles', 'dense']}", kernel)
     flow = x.to(accumulate_dtype(values.dtype)).reshape(1, batch, packed.in_features)
     y = sparse_matmul(values, flow, packed.pattern, kernel=KERNELS[kernel])
     y = y.to(x.dtype).view(*x.shape[:-1], packed.out_features)
+    return y if bias is None else y + bias
+
+
+def _in_tiles(x: Tensor, weight: Tensor, mask: PackedMask, bias: Tensor | None, batch: int) -> Tensor:
+    flow = x.reshape(1, batch, mask.in_features)
+    if weight.dim() == 1:
+        y = tiled_matmul(weight, flow, mask.tiles())
+    else:
+        y = tiled_matmul(weight[None], flow, Tiles(mask.pattern.layout, None, None, mask.in_features))
+    y = y.view(*x.shape[:-1], mask.out_features)
     return y if bias is None else y + bias
 
 

@@ -145,7 +145,7 @@ class _Sparse(nn.Module):
 
 
 class SparseLinear(_Sparse):
-    """`nn.Linear` with a mask, its values packed. The kernel is chosen at each call by the measured table.
+    """`nn.Linear` with a mask, its values packed. The kernel is chosen at each call, as `PackedMask.kernel` tells.
 
     Args:
         dense: the layer to take over; its weight parameter becomes that of this layer, [stored] long.
@@ -337,7 +337,9 @@ def _judge(
     groups = _groups_of(layer)
     handicap = _handicap(layer)
     rows = len(mask) // groups
-    speedup = {b: expected_speedup(rows, columns, kept / total, b) / handicap for b in batches}
+    # Convolutions are judged by what was measured on the CPU, everywhere.
+    on_cuda = weight.dtype if weight.is_cuda and not isinstance(layer, nn.Conv2d) else None
+    speedup = {b: expected_speedup(rows, columns, kept / total, b, on_cuda=on_cuda) / handicap for b in batches}
     if isinstance(layer, nn.Conv2d) and _is_plain(layer):
         speedup = {b: max(s, expected_gain(kept / total)) for b, s in speedup.items()}
     swapped = False

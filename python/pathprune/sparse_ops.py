@@ -14,6 +14,11 @@ float64 weights and float32 for all others. A sparse weight is its stored values
 `sparse_index` makes the last five of the first two, once per mask. On the CPU every sum is formed in an order
 that depends on the pattern and the shapes alone: results are the same for any number of threads, but not
 between instruction sets. `sparse_reference.py` serves wherever the binary has no kernel.
+
+`tiled_matmul` and `tiled_sample` compute the same dense, tile by tile: the zeros of the mask are written where a tile
+of the weight is loaded, and of the gradient of the weight only what the mask keeps is stored. The weight is packed, or
+dense [G, O, K] with the mask's bits. Weight, flows and results have one dtype, with sums in float32. Kernels are on
+CUDA alone, for all but float64. There every sum is formed in an order that the shapes alone decide.
 """
 
 from __future__ import annotations
@@ -22,27 +27,33 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import sparse_reference
-from .checks import check_arguments
-from .ops import _LIBRARY
+from .checks import STRETCH, check_arguments
+from .ops import _LIBRARY, mask_unpack
 from .reference import WeightMap, map_slope
 
 __all__ = [
     "KERNELS",
     "Pattern",
+    "Tiles",
     "shifted_matmul",
     "sparse_gather",
     "sparse_index",
     "sparse_matmul",
     "sparse_sample",
     "sparse_scatter",
+    "tile_starts",
+    "tiled_matmul",
+    "tiled_sample",
 ]
 
 KERNELS = {"auto": 0, "lanes": 1, "gather": 2, "expand": 3}  # of sparse_matmul; the last two for T = 1
 
 _ROWS = "Tensor layout, Tensor row_start, Tensor index"
+_TILES = "Tensor layout, Tensor? index, Tensor? tile_start, int columns"
 _BOTH = f"{_ROWS}, Tensor? layout_t, Tensor? row_start_t, Tensor? index_t, Tensor? order, int columns"
 
 SCHEMAS: dict[str, str] = {
@@ -52,6 +63,8 @@ SCHEMAS: dict[str, str] = {
     "sparse_sample": f"(Tensor x, Tensor g, {_BOTH}) -> Tensor",
     "sparse_gather": f"(Tensor dense, {_ROWS}, int columns) -> Tensor",
     "sparse_scatter": f"(Tensor values, {_ROWS}, int columns) -> Tensor",
+    "tiled_matmul": f"(Tensor weight, Tensor x, bool transposed, {_TILES}) -> Tensor",
+    "tiled_sample": f"(Tensor x, Tensor g, {_TILES}) -> Tensor",
     "shifted_matmul": "(Tensor w, Tensor shift, Tensor x, int length) -> Tensor",
 }
 
@@ -107,12 +120,22 @@ def _fake_matmul(
     return x.new_empty((*x.shape[:2], columns if transposed else layout.shape[1]))
 
 
+def _fake_tiled_sample(
+    x: Tensor, g: Tensor, layout: Tensor, index: Tensor | None, tile_start: Tensor | None, columns: int
+) -> Tensor:
+    return x.new_empty((*layout.shape[:2], columns) if index is None else index.shape)
+
+
 _FAKES: dict[str, Callable[..., Any]] = {
     "sparse_index": _fake_index,
     "sparse_matmul": _fake_matmul,
     "sparse_sample": lambda x, g, layout, row_start, index, *rest: x.new_empty(index.shape[0]),
     "sparse_gather": lambda dense, layout, row_start, index, columns: dense.new_empty(index.shape[0]),
     "sparse_scatter": lambda values, layout, row_start, index, columns: values.new_empty((*layout.shape[:2], columns)),
+    "tiled_matmul": lambda weight, x, transposed, layout, index, tile_start, columns: x.new_empty(
+        (*x.shape[:2], columns if transposed else layout.shape[1])
+    ),
+    "tiled_sample": _fake_tiled_sample,
     "shifted_matmul": lambda w, shift, x, length: x.new_empty((w.shape[0], length)),
 }
 for _name, _fake in _FAKES.items():
@@ -192,6 +215,36 @@ def _scatter_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return _padded_to(_call("sparse_gather", grad, *pattern), values), None, None, None, None
 
 
+def _save_tiled_matmul(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    weight, x, ctx.transposed, *tiles = inputs
+    _keep(ctx, 2, (weight, x), tuple(tiles))
+
+
+def _tiled_matmul_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (weight, x), tiles = _kept(ctx)
+    grad_weight = grad_x = None
+    if ctx.needs_input_grad[0]:
+        at_columns, at_rows = (grad, x) if ctx.transposed else (x, grad)  # [G, T, K], [G, T, O]
+        grad_weight = _call("tiled_sample", at_columns, at_rows, *tiles)
+    if ctx.needs_input_grad[1]:
+        grad_x = _call("tiled_matmul", weight, grad, not ctx.transposed, *tiles)
+    return grad_weight, grad_x, *[None] * (len(_NAMES["tiled_matmul"]) - 2)
+
+
+def _save_tiled_sample(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _keep(ctx, 2, inputs[:2], inputs[2:])
+
+
+def _tiled_sample_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (x, g), tiles = _kept(ctx)
+    grad_x = grad_g = None
+    if ctx.needs_input_grad[0]:
+        grad_x = _call("tiled_matmul", grad, g, True, *tiles)
+    if ctx.needs_input_grad[1]:
+        grad_g = _call("tiled_matmul", grad, x, False, *tiles)
+    return grad_x, grad_g, *[None] * (len(_NAMES["tiled_sample"]) - 2)
+
+
 def _save_shifted(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *tensors, ctx.length = inputs
     ctx.save_for_backward(*tensors)
@@ -213,6 +266,8 @@ _BACKWARDS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "sparse_sample": (_sample_backward, _save_sample),
     "sparse_gather": (_gather_backward, _save_gather),
     "sparse_scatter": (_scatter_backward, _save_scatter),
+    "tiled_matmul": (_tiled_matmul_backward, _save_tiled_matmul),
+    "tiled_sample": (_tiled_sample_backward, _save_tiled_sample),
     "shifted_matmul": (_shifted_backward, _save_shifted),
 }
 for _name, (_backward, _save) in _BACKWARDS.items():
@@ -315,6 +370,55 @@ def sparse_gather(dense: Tensor, pattern: Pattern) -> Tensor:
 def sparse_scatter(values: Tensor, pattern: Pattern) -> Tensor:
     """[G, O, K]: the values at the entries, zeros elsewhere. Its gradient is `sparse_gather`."""
     return _call("sparse_scatter", values, *pattern.rows)
+
+
+class Tiles(NamedTuple):
+    """Where a masked weight has its entries, for products in tiles: the last arguments of the tiled ops.
+
+    `column_index` and `tile_start` are None for a dense weight; an `index` a tuple has of its own.
+    """
+
+    layout: Tensor
+    column_index: Tensor | None
+    tile_start: Tensor | None
+    columns: int
+
+
+def tile_starts(layout: Tensor, columns: int) -> Tensor:
+    """[G * O * ceil(K / 64) + 1] int32: where the entries of each 64 columns of a row begin, and the last ones end.
+
+    Args:
+        layout: [G, O, W] int16, of at most 2^31 - 1 entries.
+    """
+    bits = mask_unpack(layout, columns)
+    ends = F.pad(bits, (0, -columns % STRETCH)).view(-1, STRETCH).sum(-1).cumsum(0)
+    return torch.cat((ends.new_zeros(1), ends)).to(torch.int32)
+
+
+def tiled_matmul(weight: Tensor, x: Tensor, tiles: Tiles, transposed: bool = False) -> Tensor:
+    """y_tr = sum_c w_rc x_tc over the entries. Differentiable, twice and more, in `weight` and `x`.
+
+    Args:
+        weight: packed [stored], in mask order; or dense [G, O, K], of which entries off the mask are not looked at.
+        x: [G, T, K]; transposed: [G, T, O]; of the weight's dtype.
+        transposed: sum over the rows, y_tc = sum_r w_rc x_tr.
+
+    Returns:
+        [G, T, O] of the weight's dtype; transposed: [G, T, K].
+    """
+    return _call("tiled_matmul", weight, x, transposed, *tiles)
+
+
+def tiled_sample(x: Tensor, g: Tensor, tiles: Tiles) -> Tensor:
+    """sum_t g_tr x_tc at every entry (r, c). Differentiable in both.
+
+    Args:
+        x: [G, T, K]; g: [G, T, O], of x's dtype.
+
+    Returns:
+        [stored] of x's dtype; where the tiles are of a dense weight, [G, O, K] with zeros off the mask.
+    """
+    return _call("tiled_sample", x, g, *tiles)
 
 
 def shifted_matmul(w: Tensor, shift: Tensor, x: Tensor, length: int) -> Tensor:

@@ -94,6 +94,31 @@ def sparse_scatter(values: Tensor, layout: Tensor, row_start: Tensor, index: Ten
 
 
 @checked
+def tiled_matmul(
+    weight: Tensor,
+    x: Tensor,
+    transposed: bool,
+    layout: Tensor,
+    index: Tensor | None,
+    tile_start: Tensor | None,
+    columns: int,
+) -> Tensor:
+    """[G, T, O] for x [G, T, K]; transposed: [G, T, K] for x [G, T, O]. In float64, rounded once."""
+    bits = mask_unpack(layout, columns)
+    dense = torch.where(bits, weight, 0) if index is None else _written_out(weight, layout, columns)
+    return (x.double() @ (dense.double() if transposed else dense.double().mT)).to(x.dtype)
+
+
+@checked
+def tiled_sample(
+    x: Tensor, g: Tensor, layout: Tensor, index: Tensor | None, tile_start: Tensor | None, columns: int
+) -> Tensor:
+    """[stored]: sum_t g_tr x_tc at the entries; for a dense weight [G, O, K]. In float64, rounded once."""
+    bits, sums = mask_unpack(layout, columns), g.double().mT @ x.double()
+    return (torch.where(bits, sums, 0) if index is None else sums[bits]).to(x.dtype)
+
+
+@checked
 def shifted_matmul(w: Tensor, shift: Tensor, x: Tensor, length: int) -> Tensor:
     """[rows, length]: the product with the rows of x that begin at the shifts."""
     if shift.numel() and (int(shift.min()) < 0 or int(shift.max()) + length > x.shape[0]):

@@ -50,12 +50,17 @@ struct Size {
   unsigned x;
 };
 
+// What a lane brings to a meeting.
+struct Brought {
+  uint64_t words[3];
+};
+
 // Where the lanes of a warp meet. What they brought is kept for two meetings: a lane may be on its
 // way to the next one while others still read.
 struct Meeting {
   const char* purpose;
-  uint64_t brought[kLanes];
-  uint64_t kept[2][kLanes];
+  Brought brought[kLanes];
+  Brought kept[2][kLanes];
   int arrived;
   unsigned number;
 };
@@ -77,16 +82,14 @@ inline int lane() { return static_cast<int>(machine.thread.x % kLanes); }
 
 // What all the lanes of this warp brought.
 template <typename T>
-const uint64_t* meet(const char* purpose, unsigned lanes, T value) {
-  static_assert(sizeof(T) <= sizeof(uint64_t));
+const Brought* meet(const char* purpose, unsigned lanes, T value) {
+  static_assert(sizeof(T) <= sizeof(Brought));
   if (lanes != 0xFFFFFFFFu) fail("a meeting of some lanes");
   Meeting& meeting = machine.meetings[machine.thread.x / kLanes];
   if (meeting.arrived == 0) meeting.purpose = purpose;
   if (std::strcmp(meeting.purpose, purpose) != 0)
     fail("lanes of a warp meet for different purposes");
-  uint64_t& bits = meeting.brought[lane()];
-  bits = 0;
-  std::memcpy(&bits, &value, sizeof(T));
+  std::memcpy(&meeting.brought[lane()], &value, sizeof(T));
   const unsigned number = meeting.number;
   if (++meeting.arrived == kLanes) {
     std::memcpy(meeting.kept[number % 2], meeting.brought, sizeof(meeting.brought));
@@ -99,7 +102,7 @@ const uint64_t* meet(const char* purpose, unsigned lanes, T value) {
 }
 
 template <typename T>
-T from_lane(const uint64_t* brought, int from) {
+T from_lane(const Brought* brought, int from) {
   if (from < 0 || from >= kLanes) fail("a shuffle from no lane");
   T value;
   std::memcpy(&value, &brought[from], sizeof(T));
@@ -121,25 +124,27 @@ T __shfl_sync(unsigned lanes, T value, int from) {
 }
 template <typename T>
 T __shfl_xor_sync(unsigned lanes, T value, int apart) {
-  const uint64_t* brought = emulated::meet("shuffle by xor", lanes, value);
+  const emulated::Brought* brought = emulated::meet("shuffle by xor", lanes, value);
   return emulated::from_lane<T>(brought, emulated::lane() ^ apart);
 }
 template <typename T>
 T __shfl_up_sync(unsigned lanes, T value, int apart) {
-  const uint64_t* brought = emulated::meet("shuffle up", lanes, value);
+  const emulated::Brought* brought = emulated::meet("shuffle up", lanes, value);
   const int from = emulated::lane() - apart;
   return emulated::from_lane<T>(brought, from < 0 ? emulated::lane() : from);
 }
 inline unsigned __ballot_sync(unsigned lanes, int vote) {
-  const uint64_t* brought = emulated::meet("ballot", lanes, vote != 0);
+  const emulated::Brought* brought = emulated::meet("ballot", lanes, vote);
   unsigned votes = 0;
-  for (int i = 0; i < emulated::kLanes; ++i) votes |= static_cast<unsigned>(brought[i]) << i;
+  for (int i = 0; i < emulated::kLanes; ++i) {
+    votes |= static_cast<unsigned>(emulated::from_lane<int>(brought, i) != 0) << i;
+  }
   return votes;
 }
 inline int __any_sync(unsigned lanes, int vote) { return __ballot_sync(lanes, vote) != 0; }
 template <typename T>
 unsigned __match_any_sync(unsigned lanes, T value) {
-  const uint64_t* brought = emulated::meet("match", lanes, value);
+  const emulated::Brought* brought = emulated::meet("match", lanes, value);
   unsigned same = 0;
   for (int i = 0; i < emulated::kLanes; ++i) {
     same |= static_cast<unsigned>(emulated::from_lane<T>(brought, i) == value) << i;
@@ -192,4 +197,10 @@ T atomicAnd(T* place, T value) {
   return old;
 }
 inline int __popc(unsigned bits) { return std::popcount(bits); }
+inline int __clz(int bits) { return std::countl_zero(static_cast<unsigned>(bits)); }
+inline unsigned __brev(unsigned bits) {
+  unsigned reversed = 0;
+  for (int i = 0; i < 32; ++i) reversed |= (bits >> i & 1u) << (31 - i);
+  return reversed;
+}
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
