@@ -46,7 +46,8 @@ FLOORS = [
     {"walk_reference"},
     {
         *("ops", "sparse_ops", "masked", "masks"),
-        *("rules", "wire_rules", "norm_rules", "complex_rules", "attention_rules", "expert_rules", "tracer"),
+        *("rules", "wire_rules", "norm_rules", "complex_rules", "attention_rules", "expert_rules"),
+        *("product_rules", "tracer"),
     },
     {"walk_ops"},
     {

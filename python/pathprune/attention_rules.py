@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
-from .nodes import Expression, Gate, Product, Scale, Shift, Softmax, Sum, Tensors, Wire
-from .rules import IDENTITIES, RuleError, factors, rule
+from .nodes import Expression, Gate, Product, Scale, Shift, Softmax, Tensors, Wire
+from .product_rules import BETWEEN, Compared
+from .rules import PRODUCTS, RuleError, rule
 from .wire_rules import constant_flow
 
 if TYPE_CHECKING:
@@ -100,12 +101,6 @@ def _barred(where: Tensor) -> Tensor:
     return torch.zeros(where.shape, dtype=torch.float64, device=where.device).masked_fill(where, -torch.inf)
 
 
-_BETWEEN = {
-    *(*IDENTITIES, "add", "sub", "mul", "div", "masked_fill", "where", "view", "reshape", "_unsafe_view"),
-    *("tanh", "clamp", "cat", "max", "amax", "getitem"),
-}
-
-
 @rule("softmax", "_softmax", "_safe_softmax")
 def _softmax(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
     """Attention weights, where it normalises a product of two flows; elsewhere an activation."""
@@ -141,7 +136,7 @@ def _similarities(t: Tracer, value: Any) -> tuple[fx.Node, set[fx.Node]] | None:
             found.add(n)
             continue
         flows = [x for x in n.all_input_nodes if t.is_flow(x)] if isinstance(n, fx.Node) else []
-        if not flows or n.op != "call_function" or t.operator(n) not in _BETWEEN:
+        if not flows or n.op != "call_function" or t.operator(n) not in BETWEEN:
             return None
         passed.add(n)
         asked += flows
@@ -149,8 +144,11 @@ def _similarities(t: Tracer, value: Any) -> tuple[fx.Node, set[fx.Node]] | None:
 
 
 def _contraction(t: Tracer, value: Any) -> int | None:
-    """The product of two flows other than elementwise that a value is, but for what the same operator adds."""
-    if not t.is_flow(value) or t.marker(value) is not None or not isinstance(value.meta["val"], Tensor):
+    """The matrix product that a value is, but for what the same operator adds; of flows, or constant queries."""
+    marker = t.marker(value)
+    if isinstance(marker, Compared):
+        return marker.product if t.operator(value) in PRODUCTS else None
+    if not t.is_flow(value) or marker is not None or not isinstance(value.meta["val"], Tensor):
         return None
     index = t.flow(value)
     while t.operator(value) == "baddbmm" and isinstance(t.net.nodes[index], (Shift, Scale)):
@@ -182,37 +180,6 @@ def _attended(added: Expression, dim: int) -> Expression:
         return torch.where(weights > 2.0**-126, weights, 0.0)
 
     return expression
-
-
-@rule("baddbmm")
-def _baddbmm(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
-    flows, shape = (t.flow(a["batch1"]), t.flow(a["batch2"])), t.shape(node)
-    product = t.add(Product(flows, shape, apply=torch.matmul, recorded=factors("batch1", "batch2")), node)
-    if a["alpha"] != 1:
-        product = t.add(Scale((product,), shape, factor=t.constant(a["alpha"])), node)
-    if a["beta"] == 0:
-        return product
-    beta = t.constant(a["beta"])
-    if t.is_flow(a["self"]):
-        added = t.add(Scale((t.flow(a["self"]),), t.shape(a["self"]), factor=beta), node)
-        return t.add(Sum((product, added), shape), node)
-    value = t.constant(a["self"])
-    return t.add(Shift((product,), shape, value=lambda tensors: value(tensors) * beta(tensors)), node)
-
-
-@rule("einsum")
-def _einsum(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
-    equation, operands = a["equation"], a["tensors"]
-    if len(operands) != 2 or not all(t.is_flow(x) for x in operands):
-        raise RuleError("other than a product of two flows")
-    flows = (t.flow(operands[0]), t.flow(operands[1]))
-    product = Product(
-        flows,
-        t.shape(node),
-        apply=lambda x, y: torch.einsum(equation, x, y),
-        recorded=lambda found, tensors: tuple(found["tensors"]),
-    )
-    return t.add(product, node)
 
 
 @rule("masked_fill")

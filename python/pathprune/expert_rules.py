@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
-from .nodes import Product, Synapse, Wire
-from .rules import IDENTITIES, Marker, RuleError, factors, rule
+from .nodes import Synapse, Wire
+from .rules import IDENTITIES, Marker, RuleError, rule
 
 if TYPE_CHECKING:
     from .tracer import Tracer
@@ -72,16 +72,8 @@ def _max(t: Tracer, node: fx.Node, a: dict[str, Any]) -> Any:
 # ----------------------------------------------------------------------------------------------------- experts
 
 
-@rule("bmm")
-def _bmm(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
-    return batched_product(t, node, a["self"], a["mat2"], factors("self", "mat2"))
-
-
-def batched_product(t: Tracer, node: fx.Node, left: Any, right: Any, recorded: Any) -> int:
-    """A product of two flows, or of a flow and a parameter with an axis of experts."""
-    if t.is_flow(left) and t.is_flow(right):
-        product = Product((t.flow(left), t.flow(right)), t.shape(node), apply=torch.matmul, recorded=recorded)
-        return t.add(product, node)
+def batched_product(t: Tracer, node: fx.Node, left: Any, right: Any) -> int:
+    """A product of a flow and a parameter with an axis of experts."""
     flow, weight = (right, left) if t.is_flow(right) else (left, right)
     parameter, chosen = _experts(t, weight)
     name, transposed = t.weight_or_transpose(parameter)

@@ -99,6 +99,11 @@ def shifted(t: Tracer, node: fx.Node, index: int, bias: Any, channel_dim: int, k
     return t.add(Shift((index,), t.shape(node), value=value, kind=kind), node)
 
 
+def factors(left: str, right: str) -> Recorder:
+    """The two factors of a product, by the names of the operator's arguments."""
+    return lambda a, tensors: (a[left], a[right])
+
+
 @rule("linear")
 def _linear(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
     whole, first = t.rows_of_weight(a["weight"])
@@ -110,37 +115,6 @@ def _linear(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
     every = t.add(Synapse((t.flow(a["input"]),), torch.Size((*shape[:-1], rows)), weight=name, form=form), node)
     some = t.add(Wire((every,), shape, apply=lambda xs, p: xs[0].narrow(-1, first, shape[-1])), node)
     return shifted(t, node, some, a["bias"], -1)
-
-
-@rule("addmm")
-def _addmm(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
-    if a["beta"] != 1 or a["alpha"] != 1:
-        raise RuleError("beta and alpha other than 1")
-    return _matrix_product(t, node, a["mat1"], a["mat2"], a["self"])
-
-
-@rule("mm", "matmul")
-def _matmul(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
-    left, right = a["self"], a["mat2"] if "mat2" in a else a["other"]
-    if t.is_flow(left) and t.is_flow(right):
-        own = factors("self", "mat2" if "mat2" in a else "other")
-        return t.add(Product((t.flow(left), t.flow(right)), t.shape(node), apply=torch.matmul, recorded=own), node)
-    parameter = left if t.is_flow(right) else right
-    if len(t.shape(parameter)) == 3:
-        return RULES["bmm"](t, node, {"self": left, "mat2": right})
-    return _matrix_product(t, node, left, right, None)
-
-
-def factors(left: str, right: str) -> Recorder:
-    """The two factors of a product, by the names of the operator's arguments."""
-    return lambda a, tensors: (a[left], a[right])
-
-
-def _matrix_product(t: Tracer, node: fx.Node, left: Any, right: Any, bias: Any) -> int:
-    if not t.is_flow(left):
-        raise RuleError("a constant matrix times a flow")
-    name, transposed = t.weight_or_transpose(right)
-    return weighted(t, node, t.flow(left), name, bias, -1, form="linear" if transposed else "linear_t")
 
 
 @rule("conv1d", "conv2d", "conv3d")

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
-from . import attention_rules, complex_rules, expert_rules, norm_rules, wire_rules  # noqa: F401 (enter their rules)
-from .exporting import UnsupportedModelError, module_path, operator_name
+from . import attention_rules, complex_rules, norm_rules  # noqa: F401 (enter rules; so do those they import)
+from .exporting import UnsupportedModelError, canonical_names, module_path, operator_name
 from .graph_values import always, evaluated, memory_of, tensor_of, zeros_like_value
 from .nodes import Expression, Gate, Input, Node, Norm, Pool, Product, Softmax, Tensors, WireMap
 from .rules import IDENTITIES, PRODUCTS, RULES, Marker, RuleError
@@ -69,8 +69,9 @@ class Tracer:
     follows the model's present weights).
     """
 
-    def __init__(self, net: PathNetwork, program: torch.export.ExportedProgram, canonical: Mapping[str, str]) -> None:
-        self.net = net
+    def __init__(self, net: PathNetwork, program: torch.export.ExportedProgram, shown: nn.Module) -> None:
+        self.net, self.shown = net, shown
+        canonical = canonical_names(shown)
         self.graph = program.graph
         self._outputs = program.call_spec.out_spec
         self._flows: dict[fx.Node, Any] = {}  # fx node -> node index, or list of them
@@ -111,6 +112,31 @@ class Tracer:
         else:
             self._literals[node] = example
 
+    def survey(self) -> tuple[set[fx.Node], dict[fx.Node, str]]:
+        """``(operators that read flow and have no rule, uses that a rule refuses -> why)``, all there are.
+
+        What leaves one of them counts as flow, and nothing that reads it as refused.
+        """
+        lacking: set[fx.Node] = set()
+        refused: dict[fx.Node, str] = {}
+        opaque: set[fx.Node] = set()
+        for node in self.graph.nodes:
+            if node.op != "call_function":
+                continue
+            reads_opaque = any(a in opaque for a in node.all_input_nodes)
+            try:
+                if not reads_opaque:
+                    self._explain(node)
+                    continue
+            except UnsupportedModelError as error:
+                if self.operator(node) in RULES:
+                    refused[node] = str(error.__cause__)
+            if node.target is not python_operator.getitem and self.operator(node) not in RULES:
+                lacking.add(node)
+            opaque.add(node)
+            self._flows[node] = None
+        return lacking, refused
+
     def run(self) -> None:
         """Explains every node of the graph, and marks the outputs."""
         for node in self.graph.nodes:
@@ -121,7 +147,7 @@ class Tracer:
                 leaves = [a for a in self._chosen(every) if isinstance(a, fx.Node) and a in self._flows]
                 if not leaves:
                     raise UnsupportedModelError("no output of the model depends on a floating-point input")
-                self.net.outputs = tuple(self.flow(a) for a in leaves)
+                self.net.outputs = tuple(map(self._leaving, leaves))
                 assert self.net.forward is not None
                 self.net.forward = replace(self.net.forward, outputs=tuple(map(every.index, leaves)))
 
@@ -169,10 +195,20 @@ class Tracer:
                 if not isinstance(made, (Input, Product, Softmax)):
                     self._note_choices(k, node)
         except RuleError as error:
-            raise UnsupportedModelError(
-                f"PathNetwork: operator aten.{name} in module {self.module_path(node)}: {error}; to support it, write "
-                f"a rule for '{name}' in pathprune/rules.py (PathNetwork.support_report(model) lists every operator)"
-            ) from error
+            raise self._refusal(node, error) from error
+
+    def _leaving(self, node: fx.Node) -> int:
+        try:
+            return self.flow(node)
+        except RuleError as error:
+            raise self._refusal(node, error) from error
+
+    def _refusal(self, node: fx.Node, error: RuleError) -> UnsupportedModelError:
+        name = self.operator(node)
+        return UnsupportedModelError(
+            f"PathNetwork: operator aten.{name} in module {self.module_path(node)}: {error}; to support it, write "
+            f"a rule for '{name}' in pathprune/rules.py (PathNetwork.support_report(model) lists every operator)"
+        )
 
     def _reads_shapes(self, node: fx.Node, name: str) -> bool:
         """Whether an operator reads of flows only what shape and type they have; then its value is a constant."""
