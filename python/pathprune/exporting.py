@@ -83,8 +83,15 @@ def export(model: nn.Module, example_input: Any) -> torch.export.ExportedProgram
 
 def _by_values(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
     """The program without writes into parts of tensors, which no value of the graph stands for."""
-    writes = any(node.target is torch.ops.aten.copy_.default for node in program.graph.nodes)
-    return program.run_decompositions({}) if writes else program  # nothing is decomposed, and no operator in place
+    aten = torch.ops.aten
+    if not any(node.target is aten.copy_.default for node in program.graph.nodes):
+        return program
+    program = program.run_decompositions({})  # nothing is decomposed, and no operator in place
+    for node in program.graph.nodes:
+        if node.target in (aten.view.default, aten._unsafe_view.default):  # where the memory lay out allows it
+            node.target = aten.reshape.default
+    program.graph_module.recompile()
+    return program
 
 
 def one_sample(example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

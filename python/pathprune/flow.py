@@ -192,7 +192,7 @@ class PathFlow(ScaledArithmetic):
         if not self.batched:
             return function(*tensors)
         lead = self._lead()
-        flat = [tensor.reshape(-1, *tensor.shape[2:]) for tensor in tensors]
+        flat = [tensor.flatten(0, 1) for tensor in tensors]
         return torch.vmap(function)(*flat).unflatten(0, lead)
 
     def _linear_map(self, k: int, function: Callable[..., Tensor], entering: Sequence[Scaled]) -> Scaled:

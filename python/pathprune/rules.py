@@ -172,7 +172,19 @@ def _embedding(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int | None:
     *("threshold", "hardshrink", "softshrink", "log_sigmoid", "rrelu"),
 )
 def _gate(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
-    return t.gate(Gate((t.flow(next(iter(a.values()))),), t.shape(node), name=t.operator(node)), node)
+    name = t.operator(node)
+    if name.startswith("clamp") or name == "hardtanh":
+        name = "hardtanh" if _keeps_zero(a) else "clamp"
+    return t.gate(Gate((t.flow(next(iter(a.values()))),), t.shape(node), name=name), node)
+
+
+def _keeps_zero(a: dict[str, Any]) -> bool:
+    """Whether bounds are numbers on either side of zero, or on one."""
+    low, high = (
+        [a[key] for key in keys if a.get(key) is not None] for keys in (("min", "min_val"), ("max", "max_val"))
+    )
+    is_known = all(isinstance(bound, (int, float)) for bound in low + high)
+    return is_known and max(low, default=0) <= 0 <= min(high, default=0)
 
 
 IDENTITIES = (
