@@ -66,7 +66,11 @@ def _max(t: Tracer, node: fx.Node, a: dict[str, Any]) -> Any:
     if "other" in a:
         raise RuleError("the larger of two values")
     largest = Largest(t.flow(a["self"]))
-    return largest if isinstance(node.meta["val"], Tensor) else (largest, None)
+    if isinstance(node.meta["val"], Tensor):
+        return largest
+    if any(user.args[1] == 1 and user.users for user in node.users):
+        raise RuleError("a choice of one by data, of which paths cannot take every one, as they do of topk")
+    return largest, None
 
 
 # ----------------------------------------------------------------------------------------------------- experts

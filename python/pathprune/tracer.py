@@ -121,6 +121,8 @@ class Tracer:
         refused: dict[fx.Node, str] = {}
         opaque: set[fx.Node] = set()
         for node in self.graph.nodes:
+            if node.op == "output":
+                refused |= self._refused_leaves(node)
             if node.op != "call_function":
                 continue
             reads_opaque = any(a in opaque for a in node.all_input_nodes)
@@ -143,13 +145,26 @@ class Tracer:
             if node.op == "call_function":
                 self._explain(node)
             elif node.op == "output":
-                every = tree_leaves(node.args)
-                leaves = [a for a in self._chosen(every) if isinstance(a, fx.Node) and a in self._flows]
+                every, leaves = tree_leaves(node.args), self._leaves(node)
                 if not leaves:
                     raise UnsupportedModelError("no output of the model depends on a floating-point input")
                 self.net.outputs = tuple(map(self._leaving, leaves))
                 assert self.net.forward is not None
                 self.net.forward = replace(self.net.forward, outputs=tuple(map(every.index, leaves)))
+
+    def _leaves(self, output: fx.Node) -> list[fx.Node]:
+        """The outputs of the model that paths run to."""
+        return [a for a in self._chosen(tree_leaves(output.args)) if isinstance(a, fx.Node) and a in self._flows]
+
+    def _refused_leaves(self, output: fx.Node) -> dict[fx.Node, str]:
+        refused = {}
+        for node in self._leaves(output):
+            try:
+                if self.marker(node) is not None:
+                    self.flow(node)
+            except RuleError as error:
+                refused[node] = str(error)
+        return refused
 
     def _chosen(self, leaves: list[Any]) -> list[Any]:
         """The logits, where the outputs have names and some are called so; else all."""
