@@ -1,4 +1,4 @@
-"""Routers and experts: every way to give rows to experts, against experts written out in float64, and the whole model."""
+"""Routers and experts: every way to give rows to experts, against experts written out in float64, and by data."""
 
 from __future__ import annotations
 

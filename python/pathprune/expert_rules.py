@@ -80,8 +80,8 @@ def batched_product(t: Tracer, node: fx.Node, left: Any, right: Any) -> int:
     """A product of a flow and a parameter with an axis of experts."""
     flow, weight = (right, left) if t.is_flow(right) else (left, right)
     parameter, chosen = _experts(t, weight)
-    name, transposed = t.weight_or_transpose(parameter)
     is_first = flow is right  # W x, with features along the last axis but one
+    name, axis, _ = t.matrix(parameter, -2 if is_first else -1)
     experts = t.net.tensors[name].shape[0]
     entering, leaving = t.shape(flow), t.shape(node)
     if is_first:
@@ -93,7 +93,9 @@ def batched_product(t: Tracer, node: fx.Node, left: Any, right: Any) -> int:
     rows = math.prod(leaving[:-1]) // experts
     shape = torch.Size((1, experts, rows, entering[-1]))
     index = t.add(Wire((t.flow(flow),), shape, apply=lambda xs, p: given(xs[0].mT if is_first else xs[0])), node)
-    form = "experts" if is_first != transposed else "experts_t"
+    if t.net.tensors[name].shape[axis] != leaving[-1]:
+        raise RuleError("parts of the experts' weights")
+    form = "experts" if axis == -2 else "experts_t"
     shape = torch.Size((1, experts, rows, leaving[-1]))
     index = t.add(Synapse((index,), shape, weight=name, form=form, groups=experts), node)
 

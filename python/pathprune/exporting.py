@@ -90,6 +90,9 @@ def _by_values(program: torch.export.ExportedProgram) -> torch.export.ExportedPr
     for node in program.graph.nodes:
         if node.target in (aten.view.default, aten._unsafe_view.default):  # where the memory lay out allows it
             node.target = aten.reshape.default
+        if node.target is aten.slice_scatter.default and len(node.args) > 4:  # torch.vmap wants ends that exist
+            dim, _, end, *step = node.args[2:]
+            node.args = (*node.args[:4], min(end, node.meta["val"].shape[dim]), *step)
     program.graph_module.recompile()
     return program
 

@@ -17,7 +17,7 @@ from torch import fx
 
 from .expert_rules import batched_product
 from .nodes import Product, Recorder, Scale, Shift, Sum
-from .rules import IDENTITIES, Marker, RuleError, factors, rule, weighted
+from .rules import IDENTITIES, Marker, RuleError, by_matrix, factors, rule
 from .wire_rules import constant_flow
 
 if TYPE_CHECKING:
@@ -83,8 +83,7 @@ def _product(t: Tracer, node: fx.Node, left: Any, right: Any, recorded: Recorder
 def _with_matrix(t: Tracer, node: fx.Node, left: Any, right: Any, bias: Any) -> int:
     if not t.is_flow(left):
         raise RuleError("a constant matrix times a flow")
-    name, transposed = t.weight_or_transpose(right)
-    return weighted(t, node, t.flow(left), name, bias, -1, form="linear" if transposed else "linear_t")
+    return by_matrix(t, node, left, right, -1, bias)
 
 
 @rule("baddbmm")

@@ -106,15 +106,20 @@ def factors(left: str, right: str) -> Recorder:
 
 @rule("linear")
 def _linear(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
-    whole, first = t.rows_of_weight(a["weight"])
-    name, transposed = t.weight_or_transpose(whole)
-    form = "linear_t" if transposed else "linear"
-    rows, shape = t.shape(whole)[0], t.shape(node)
-    if rows == shape[-1]:
-        return weighted(t, node, t.flow(a["input"]), name, a["bias"], -1, form=form)
-    every = t.add(Synapse((t.flow(a["input"]),), torch.Size((*shape[:-1], rows)), weight=name, form=form), node)
-    some = t.add(Wire((every,), shape, apply=lambda xs, p: xs[0].narrow(-1, first, shape[-1])), node)
-    return shifted(t, node, some, a["bias"], -1)
+    return by_matrix(t, node, a["input"], a["weight"], -2, a["bias"])
+
+
+def by_matrix(t: Tracer, node: fx.Node, value: Any, matrix: Any, out: int, bias: Any) -> int:
+    """A flow times a parameter, or some rows of one: then all of it, and of what leaves that part."""
+    flow, shape = t.flow(value), t.shape(node)
+    name, axis, first = t.matrix(matrix, out)
+    form = "linear" if axis == -2 else "linear_t"
+    every = t.net.tensors[name].shape[axis] if t.net.tensors[name].dim() > 1 else shape[-1]
+    if every == shape[-1]:
+        return weighted(t, node, flow, name, bias, -1, form=form)
+    index = t.add(Synapse((flow,), torch.Size((*shape[:-1], every)), weight=name, form=form), node)
+    some = t.add(Wire((index,), shape, apply=lambda xs, p: xs[0].narrow(-1, first, shape[-1])), node)
+    return shifted(t, node, some, bias, -1)
 
 
 @rule("conv1d", "conv2d", "conv3d")

@@ -13,7 +13,16 @@ from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from . import attention_rules, complex_rules, norm_rules  # noqa: F401 (enter rules; so do those they import)
 from .exporting import UnsupportedModelError, canonical_names, module_path, operator_name
-from .graph_values import always, evaluated, memory_of, tensor_of, zeros_like_value
+from .graph_values import (
+    always,
+    arguments_of,
+    evaluated,
+    exchanges_last_axes,
+    memory_of,
+    part_of,
+    tensor_of,
+    zeros_like_value,
+)
 from .nodes import Expression, Gate, Input, Node, Norm, Pool, Product, Softmax, Tensors, WireMap
 from .rules import IDENTITIES, PRODUCTS, RULES, Marker, RuleError
 
@@ -195,7 +204,7 @@ class Tracer:
                 return  # a constant, evaluated when a rule asks for it; or an assertion
             if schema is None or name not in RULES:
                 raise RuleError("no rule for this operator")
-            bound = self._bind(node)
+            bound = arguments_of(node)
             markers = (self.marker(argument) for argument in node.all_input_nodes)
             marker = next((found for found in markers if found is not None), None)
             found = None if marker is None else marker.through(self, node, bound)
@@ -232,7 +241,10 @@ class Tracer:
             self._literals[node] = zeros_like_value(node)
         elif name in _FILLED or (name in _LIKE and node.args[_LIKE[name]] not in self._flows):
             self._of_shapes[node] = self.constant(node, zero=flows)
-        return node in self._literals or node in self._of_shapes
+        if node not in self._literals and node not in self._of_shapes:
+            return False
+        self._reads_input[node] = any(self.reads_input(a) for a in node.all_input_nodes if a not in flows)
+        return True
 
     def _note_choices(self, k: int, node: fx.Node) -> None:
         """Numbers that other inputs of the model choose: paths take those of the example."""
@@ -301,43 +313,34 @@ class Tracer:
             source = source.args[0]
         name = self._names.get(source) if isinstance(source, fx.Node) else None
         if name is None or self.shape(source) != self.shape(value):
-            is_parametrized = isinstance(source, fx.Node) and "Parametriz" in self.module_path(value)
+            is_parametrized = isinstance(source, fx.Node) and "parametrizations" in self.module_path(value)
             hint = "; torch.nn.utils.parametrize.remove_parametrizations makes it one" if is_parametrized else ""
             raise RuleError("the weight is computed by the model, not a parameter" + hint)
         self.net.add_weight(name, prunable=prunable)
         return name
 
-    def rows_of_weight(self, value: Any) -> tuple[Any, int]:
-        """``(the parameter, where they begin)`` of consecutive rows of one; of all else, itself and 0."""
-        if not isinstance(value, fx.Node) or value.op != "call_function":
-            return value, 0
-        if value.target is python_operator.getitem:
-            source, part = cast("tuple[fx.Node, int]", value.args)
-            bound = self._bind(source) if getattr(source.target, "_schema", None) is not None else {}
-            if self.operator(source) in ("split", "split_with_sizes", "chunk") and bound["dim"] == 0:
-                return source.args[0], sum(shape[0] for shape in self.shapes(source)[:part])
-        elif self.operator(value) == "slice":
-            bound = self._bind(value)
-            if bound["dim"] == 0 and bound["step"] == 1:
-                return value.args[0], (bound["start"] or 0) % self.shape(value.args[0])[0]
-        return value, 0
+    def matrix(self, value: Any, out: int) -> tuple[str, int, int]:
+        """The parameter that a matrix is, or is a part of.
 
-    def weight_or_transpose(self, value: Any) -> tuple[str, bool]:
-        """The parameter that ``value`` is, or is with its last two axes exchanged."""
-        if isinstance(value, fx.Node) and value.op == "call_function":
-            name, source, n = self.operator(value), value.args[0], len(self.shape(value))
-            axes: Any = value.args[1:]
-            if name in ("t", "numpy_T", "mT") and (n == 2 or name == "mT"):
-                return self.weight(source), True
-            if name == "permute":
-                axes = [axis % n for axis in axes[0]]
-                if axes[:-2] == list(range(n - 2)):
-                    return self.weight(source), axes[-1] == n - 2
-            if name in ("transpose", "swapaxes"):
-                both = {axis % n for axis in axes}
-                if len(both) == 1 or both == {n - 2, n - 1}:
-                    return self.weight(source), len(both) == 2
-        return self.weight(value), False
+        Args:
+            out: the axis of ``value`` along which its result has its features, -1 or -2.
+
+        Returns:
+            the parameter's name, its axis of that kind, and where the part begins along it.
+        """
+        first = 0
+        while isinstance(value, fx.Node) and value.op == "call_function":
+            part = part_of(value)
+            if part is not None and part[1] == len(self.shape(value)) + out:
+                value, _, begin = part
+                first += begin
+            elif (exchanged := exchanges_last_axes(value)) is not None:
+                value, out = value.args[0], -3 - out if exchanged else out
+            elif self.operator(value) in IDENTITIES:
+                value = value.args[0]
+            else:
+                break
+        return self.weight(value), out, first
 
     def constant(self, value: Any, zero: Container[fx.Node] = (), through: Container[fx.Node] = ()) -> Expression:
         """``value`` as a function of the model's tensors.
@@ -462,20 +465,6 @@ class Tracer:
     @staticmethod
     def module_path(node: fx.Node) -> str:
         return module_path(node)
-
-    @staticmethod
-    def _bind(node: fx.Node) -> dict[str, Any]:
-        """Arguments by schema name, defaults filled in."""
-        schema = node.target._schema  # type: ignore[union-attr]
-        bound: dict[str, Any] = {}
-        for k, argument in enumerate(schema.arguments):
-            if k < len(node.args):
-                bound[argument.name] = node.args[k]
-            elif argument.name in node.kwargs:
-                bound[argument.name] = node.kwargs[argument.name]
-            else:
-                bound[argument.name] = argument.default_value
-        return bound
 
 
 def _located(node: Node, where: str) -> Node:
