@@ -262,7 +262,7 @@ REFUSED: dict[str, tuple[Architecture, str, str]] = {  # name -> model, the oper
     "HuBERT": (Architecture("HubertForCTC", "HubertConfig", HEARD, SOUND), "conv1d", "ParametrizedConv1d"),
     "MiniMax": (
         Architecture("MiniMaxForCausalLM", "MiniMaxConfig", NARROW | {"num_local_experts": 4}),
-        "transpose",
+        "matmul",
         "MiniMaxLightningAttention",
     ),
     "Qwen3-Next": (

@@ -5,6 +5,7 @@ operator it is refused.
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from pathprune.ops import WeightMap
 from test_attention import scored
 from test_conservation import assert_every_cut_carries_all, lively
 from test_recording import through_gates
+from test_transformers import MODELS
 
 QUICK = ("DeepSeek-V2", "Llama4", "GPT-OSS", "Bloom", "LLaVA")
 LOW_QUICK = ("GPT-OSS",)
@@ -106,3 +108,14 @@ def test_what_is_refused_is_refused_by_operator_and_module(name: str) -> None:
     with pytest.raises(UnsupportedModelError, match=message):
         PathNetwork.from_module(model, inputs)
     assert not PathNetwork.support_report(model, inputs)
+
+
+def test_the_page_says_which() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "transformers.md").read_text()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line[:1] == "|"]
+    read = {name for row in rows for name in row[-1].split(", ")}
+    assert {name.split(",")[0] for name in [*READ, *MODELS]} <= read
+    refused = {name: row[1].split(", ") for row in rows if len(row) == 3 for name in row[0].split(", ")}
+    for name, (_, operator, _) in REFUSED.items():
+        assert f"`{operator}`" in refused[name]
+        assert name not in read

@@ -108,13 +108,12 @@ def _softmax(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
     found = _similarities(t, node.args[0])
     if found is None:
         return t.gate(Gate((t.flow(a["self"]),), shape, name="softmax"), node)
-    source, passed = found
-    factor_nodes = [source]
+    source, product, passed = found
+    at_zero = [source]
     if t.operator(source) == "baddbmm":  # what is added lies in the same operator
-        factor_nodes = [source.args[1], source.args[2]]
+        at_zero = list(source.all_input_nodes[1:])
         passed.add(source)
-    added = t.constant(node.args[0], zero=factor_nodes, through=passed)
-    product = _contraction(t, source)
+    added = t.constant(node.args[0], zero=at_zero, through=passed)
     if t.shape(source).numel() == shape.numel():
         if t.shape(source) != shape:  # the batch laid out anew
             product = t.add(Wire((product,), shape, apply=lambda xs, p: xs[0].reshape(shape), reshapes=True), node)
@@ -123,24 +122,25 @@ def _softmax(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
     return t.add(Softmax((product,), shape, weights=_attended(added, dim), dim=dim), node)
 
 
-def _similarities(t: Tracer, value: Any) -> tuple[fx.Node, set[fx.Node]] | None:
-    """``(the product of two flows that a softmax normalises, the values between)``, if there is one and no other."""
+def _similarities(t: Tracer, value: Any) -> tuple[fx.Node, int, set[fx.Node]] | None:
+    """``(the product of two flows that a softmax normalises, its path node, the values between)``, if it is the one."""
     passed: set[fx.Node] = set()
-    found: set[fx.Node] = set()
+    found: dict[fx.Node, int] = {}
     asked = [value]
     while asked:
         n = asked.pop()
         if n in passed or n in found:
             continue
-        if _contraction(t, n) is not None:
-            found.add(n)
+        product = _contraction(t, n)
+        if product is not None:
+            found[n] = product
             continue
         flows = [x for x in n.all_input_nodes if t.is_flow(x)] if isinstance(n, fx.Node) else []
         if not flows or n.op != "call_function" or t.operator(n) not in BETWEEN:
             return None
         passed.add(n)
         asked += flows
-    return (found.pop(), passed) if len(found) == 1 else None
+    return (*found.popitem(), passed) if len(found) == 1 else None
 
 
 def _contraction(t: Tracer, value: Any) -> int | None:

@@ -35,10 +35,12 @@ class Compared(Marker):
 
     Attributes:
         product: the path node.
+        node: the operator.
         why: it is nothing else.
     """
 
     product: int
+    node: fx.Node
     why: str
 
     def through(self, t: Tracer, node: fx.Node, a: dict[str, Any]) -> Compared | None:
@@ -46,10 +48,10 @@ class Compared(Marker):
             return self
         if t.operator(node).endswith("softmax"):
             return None
-        raise RuleError(self.why)
+        raise RuleError(self.why, self.node)
 
     def as_flow(self, t: Tracer) -> int:
-        raise RuleError(self.why)
+        raise RuleError(self.why, self.node)
 
 
 @rule("addmm")
@@ -77,7 +79,8 @@ def _product(t: Tracer, node: fx.Node, left: Any, right: Any, recorded: Recorder
         if len(t.shape(left)) < 3 or len(t.shape(right)) < 3:
             raise
         both = tuple(t.flow(x) if t.is_flow(x) else constant_flow(t, node, x) for x in (left, right))
-        return Compared(t.add(Product(both, t.shape(node), apply=torch.matmul, recorded=recorded), node), str(error))
+        index = t.add(Product(both, t.shape(node), apply=torch.matmul, recorded=recorded), node)
+        return Compared(index, node, str(error))
 
 
 def _with_matrix(t: Tracer, node: fx.Node, left: Any, right: Any, bias: Any) -> int:

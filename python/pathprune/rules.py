@@ -34,7 +34,11 @@ RULES: dict[str, Rule] = {}
 
 
 class RuleError(ValueError):
-    """An operator, or this use of it, has no meaning for paths."""
+    """An operator, or this use of it, has no meaning for paths: the one being read, or ``node`` before it."""
+
+    def __init__(self, why: str, node: fx.Node | None = None) -> None:
+        super().__init__(why)
+        self.node = node
 
 
 class Marker:

@@ -141,7 +141,8 @@ class Tracer:
                     continue
             except UnsupportedModelError as error:
                 if self.operator(node) in RULES:
-                    refused[node] = str(error.__cause__)
+                    cause = cast("RuleError", error.__cause__)
+                    refused[cause.node or node] = str(cause)
             if node.target is not python_operator.getitem and self.operator(node) not in RULES:
                 lacking.add(node)
             opaque.add(node)
@@ -172,7 +173,7 @@ class Tracer:
                 if self.marker(node) is not None:
                     self.flow(node)
             except RuleError as error:
-                refused[node] = str(error)
+                refused[error.node or node] = str(error)
         return refused
 
     def _chosen(self, leaves: list[Any]) -> list[Any]:
@@ -228,6 +229,7 @@ class Tracer:
             raise self._refusal(node, error) from error
 
     def _refusal(self, node: fx.Node, error: RuleError) -> UnsupportedModelError:
+        node = error.node or node
         name = self.operator(node)
         return UnsupportedModelError(
             f"PathNetwork: operator aten.{name} in module {self.module_path(node)}: {error}; to support it, write "
