@@ -241,7 +241,12 @@ def by_the_largest(m: Any, x: Tensor) -> Tensor:
 REFUSED = {
     "choice of one": (by_the_largest, r"aten\.max in module '' \(Does\): a choice of one by data"),
     "largest as a value": (lambda m, x: m.first(x) * m.first(x).amax(-1, keepdim=True), "the largest of a flow, other"),
-    "another's largest": (lambda m, x: m.first(x) - x.amax(-1, keepdim=True), "other than to subtract it from that"),
+    "another's largest": (lambda m, x: m.first(x) - x.amax(-1, keepdim=True), "other than to take it off that flow"),
+    "largest taken off": (
+        lambda m, x: (y := m.first(x)) - y.amax(-1, keepdim=True),
+        "other than before a softmax|lead",
+    ),
+    "less its largest, bent": (lambda m, x: ((y := m.first(x)) - y.amax()).relu(), "other than before a softmax"),
     "larger of two": (lambda m, x: torch.max(m.first(x), x), r"aten\.max .*the larger of two values"),
     "some of the input": (lambda m, x: m.first(x) * x.topk(2)[0].sum(), "a choice by the model's input itself"),
     "some experts": (lambda m, x: torch.bmm(x[:, None], m.weight[torch.tensor([0])]), "not all given the same"),

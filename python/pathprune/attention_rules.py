@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
+from .expert_rules import Lowered
 from .nodes import Expression, Gate, Product, Scale, Shift, Softmax, Tensors, Wire
 from .product_rules import BETWEEN, Compared
 from .rules import PRODUCTS, RuleError, rule
@@ -107,7 +108,9 @@ def _softmax(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
     shape, dim = t.shape(node), a["dim"] % len(t.shape(node))
     found = _similarities(t, node.args[0])
     if found is None:
-        return t.gate(Gate((t.flow(a["self"]),), shape, name="softmax"), node)
+        lowered = t.marker(node.args[0])
+        flow = lowered.flow if isinstance(lowered, Lowered) else t.flow(node.args[0])
+        return t.gate(Gate((flow,), shape, name="softmax"), node)
     source, product, passed = found
     at_zero = [source]
     if t.operator(source) == "baddbmm":  # what is added lies in the same operator

@@ -10,7 +10,7 @@ Oracle: the real form, written out; the model itself, of which signed flow is th
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -24,13 +24,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Complex(Marker):
-    """a complex number, which may be turned and read as a pair of real ones.
+    """A complex number: it may be turned, and read as a pair of real ones.
 
     Attributes:
         pairs: the flow of real and imaginary parts, [*shape, 2].
     """
 
     pairs: int
+    wanted: ClassVar[str] = "complex numbers, other than a product with constant ones read as pairs again"
 
     def through(self, t: Tracer, node: fx.Node, a: dict[str, Any]) -> Complex | int:
         name = t.operator(node)
@@ -43,7 +44,7 @@ class Complex(Marker):
             other = right if t.marker(left) is self else left
             if not t.is_flow(other):
                 return Complex(_turned(t, node, self.pairs, other))
-        raise RuleError("complex numbers, other than a product with constant ones read as pairs again")
+        raise RuleError(self.wanted)
 
 
 def _turned(t: Tracer, node: fx.Node, pairs: int, by: Any) -> int:

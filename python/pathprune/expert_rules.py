@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -40,25 +40,41 @@ def _topk(t: Tracer, node: fx.Node, a: dict[str, Any]) -> None:
     t.detach(node)
 
 
+_LAID_OUT = {*IDENTITIES, "view", "reshape", "_unsafe_view", "expand", "unsqueeze", "squeeze"}
+
+
 @dataclass(frozen=True)
 class Largest(Marker):
-    """the largest of a flow, which may be subtracted from it, or lead to a topk.
-
-    A softmax is the same without it.
-    """
+    """The largest of a flow: no path, but what may be taken off it before a softmax, or lead to a topk."""
 
     flow: int
+    wanted: ClassVar[str] = "the largest of a flow, other than to take it off that flow"
 
-    def through(self, t: Tracer, node: fx.Node, a: dict[str, Any]) -> Largest | int | None:
+    def through(self, t: Tracer, node: fx.Node, a: dict[str, Any]) -> Largest | Lowered | None:
         name = t.operator(node)
         if name == "topk":
             return None
-        if name in IDENTITIES or name in ("view", "reshape", "expand", "unsqueeze", "squeeze", "sum"):
+        if name in _LAID_OUT:
             return self
         is_other = name == "sub" and t.marker(a["other"]) is self
         if is_other and t.is_flow(a["self"]) and t.flow(a["self"]) == self.flow and a["alpha"] == 1:
-            return self.flow
-        raise RuleError("the largest of a flow, other than to subtract it from that flow")
+            return Lowered(self.flow)
+        raise RuleError(self.wanted)
+
+
+@dataclass(frozen=True)
+class Lowered(Marker):
+    """A flow less its largest value: its softmax is that of the flow."""
+
+    flow: int
+    wanted: ClassVar[str] = "a flow less its largest value, other than before a softmax"
+
+    def through(self, t: Tracer, node: fx.Node, a: dict[str, Any]) -> Lowered | None:
+        if t.operator(node).endswith("softmax"):
+            return None
+        if t.operator(node) in IDENTITIES:
+            return self
+        raise RuleError(self.wanted)
 
 
 @rule("max", "amax")

@@ -31,7 +31,7 @@ BETWEEN = {  # what models do to similarities before their softmax
 
 @dataclass(frozen=True)
 class Compared(Marker):
-    """the product of a flow with constants, which may become attention weights.
+    """The product of a flow with constants: it may become attention weights.
 
     Attributes:
         product: the path node.

@@ -7,7 +7,7 @@ and without the trailing underscore of in-place forms. To support a new operator
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import fx
@@ -45,7 +45,12 @@ class Marker:
     """A value that depends on the model's input and is no flow itself, but leads to one: a norm's size, say.
 
     Operators that read one ask it first.
+
+    Attributes:
+        wanted: what it is, and is refused to be otherwise.
     """
+
+    wanted: ClassVar[str] = "a value that depends on the model's input by itself"
 
     def through(self, t: Tracer, node: fx.Node, a: dict[str, Any]) -> Any:
         """What an operator makes of it: a flow, a marker, or None where the operator's own rule is to tell."""
@@ -53,7 +58,7 @@ class Marker:
 
     def as_flow(self, t: Tracer) -> int:
         """The flow that it is where it is read as one."""
-        raise RuleError(f"expects a value that depends on the model's input by itself, got {self.__doc__}")
+        raise RuleError(self.wanted)
 
 
 def rule(*operators: str) -> Callable[[Rule], Rule]:
