@@ -24,6 +24,7 @@ FLOORS = [
         "policy",
         "batches",
         "exporting",
+        "graph_values",
         "scratch",
         "residency",
         "shards",
@@ -44,7 +45,11 @@ FLOORS = [
     },
     {"loading", "reference", "sparse_reference", "spectrum", "pooling", "plots", "info"},
     {"walk_reference"},
-    {"ops", "sparse_ops", "masked", "rules", "norm_rules", "attention_rules", "tracer", "masks"},
+    {
+        *("ops", "sparse_ops", "masked", "masks"),
+        *("rules", "wire_rules", "norm_rules", "complex_rules", "attention_rules", "expert_rules"),
+        *("product_rules", "tracer"),
+    },
     {"walk_ops"},
     {
         "network",

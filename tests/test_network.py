@@ -98,7 +98,10 @@ REFUSED = {
     "root of a flow": (lambda m, x: torch.relu(x).sqrt(), "a root or reciprocal of other than"),
     "filled with ones": (lambda m, x: x.masked_fill(m.inner.bias > 0, 1.0), "fills with other than zero"),
     "choice of flows": (lambda m, x: torch.where(m.inner.bias > 0, x, m.inner(x)), "or between two flows"),
-    "batched constant": (lambda m, x: torch.bmm(m.inner.weight[None], x[:, :, None]), "weights that are not chosen"),
+    "batched constant": (
+        lambda m, x: torch.bmm(m.inner.weight[None], x[:, :, None]),
+        "the weight is computed by the model",
+    ),
     "constant times flow": (lambda m, x: m.inner.weight @ x.T, "a constant matrix times a flow"),
     "computed weight": (lambda m, x: F.linear(x, m.inner.weight * 2), "the weight is computed by the model"),
     "vector": (lambda m, x: x @ m.inner.bias, r"wanted a matrix as the weight, got shape \(4,\)"),

@@ -1,11 +1,15 @@
-"""What attention and mixtures of experts mean for paths.
+"""What attention means for paths.
 
 Attention is ``y = P v`` with ``P = softmax(q k' + added)``: two products of flows with a softmax between them, read
 alike from the fused operator and from a model that writes them out. Data-free, a model attends as it does where q k'
 is zero: uniformly, but for masks and position biases. The path flow of y is shared among v, q and k by the policy
 (``Policy.attention``), so that it is conserved and all three are scored.
 
-Where data chooses experts, paths take every choice, with equal weight: all experts are scored and routers are not.
+What a model does to similarities before their softmax has no path of its own: scale, mask, position bias, soft cap
+``c tanh(x / c)``, the largest taken off. A sink, a constant among the similarities that no value belongs to, takes its
+part of the attention, and no flow passes it.
+
+Bytes: attention weights once, as the model's own. Oracle: enumeration of a small block's paths; float64 autograd.
 """
 
 from __future__ import annotations
@@ -16,8 +20,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
-from .nodes import Expression, Gate, Product, Softmax, Synapse, Tensors, Wire
-from .rules import IDENTITIES, RuleError, constant_flow, factors, rule
+from .expert_rules import Lowered
+from .nodes import Expression, Gate, Product, Scale, Shift, Softmax, Tensors, Wire
+from .product_rules import BETWEEN, Compared
+from .rules import PRODUCTS, RuleError, rule
+from .wire_rules import constant_flow
 
 if TYPE_CHECKING:
     from .tracer import Tracer
@@ -95,25 +102,77 @@ def _barred(where: Tensor) -> Tensor:
     return torch.zeros(where.shape, dtype=torch.float64, device=where.device).masked_fill(where, -torch.inf)
 
 
-_BETWEEN = {*IDENTITIES, "add", "sub", "mul", "div", "masked_fill", "where", "view", "reshape", "_unsafe_view"}
-
-
 @rule("softmax", "_softmax", "_safe_softmax")
 def _softmax(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
     """Attention weights, where it normalises a product of two flows; elsewhere an activation."""
-    passed: set[fx.Node] = set()
-    source: Any = node.args[0]
-    while not _is_contraction(t, source):
-        flows = [x for x in source.all_input_nodes if t.is_flow(x)] if isinstance(source, fx.Node) else []
-        if len(flows) != 1 or source.op != "call_function" or t.operator(source) not in _BETWEEN:
-            return t.gate(Gate((t.flow(a["self"]),), t.shape(node), name="softmax"), node)
+    shape, dim = t.shape(node), a["dim"] % len(t.shape(node))
+    found = _similarities(t, node.args[0])
+    if found is None:
+        lowered = t.marker(node.args[0])
+        flow = lowered.flow if isinstance(lowered, Lowered) else t.flow(node.args[0])
+        return t.gate(Gate((flow,), shape, name="softmax"), node)
+    source, product, passed = found
+    at_zero = [source]
+    if t.operator(source) == "baddbmm":  # what is added lies in the same operator
+        at_zero = list(source.all_input_nodes[1:])
         passed.add(source)
-        source = flows[0]
-    product, shape = t.flow(source), t.shape(node)
-    added = t.constant(node.args[0], zero=source, through=passed)
-    if t.shape(source) != shape:  # the batch laid out anew
-        product = t.add(Wire((product,), shape, apply=lambda xs, p: xs[0].reshape(shape), reshapes=True), node)
-    return t.add(Softmax((product,), shape, weights=_attended(added, a["dim"]), dim=a["dim"]), node)
+    added = t.constant(node.args[0], zero=at_zero, through=passed)
+    if t.shape(source).numel() == shape.numel():
+        if t.shape(source) != shape:  # the batch laid out anew
+            product = t.add(Wire((product,), shape, apply=lambda xs, p: xs[0].reshape(shape), reshapes=True), node)
+    else:
+        product = _beside_sinks(t, node, product, passed, dim)
+    return t.add(Softmax((product,), shape, weights=_attended(added, dim), dim=dim), node)
+
+
+def _similarities(t: Tracer, value: Any) -> tuple[fx.Node, int, set[fx.Node]] | None:
+    """``(the product of two flows that a softmax normalises, its path node, the values between)``, if it is the one."""
+    passed: set[fx.Node] = set()
+    found: dict[fx.Node, int] = {}
+    asked = [value]
+    while asked:
+        n = asked.pop()
+        if n in passed or n in found:
+            continue
+        product = _contraction(t, n)
+        if product is not None:
+            found[n] = product
+            continue
+        flows = [x for x in n.all_input_nodes if t.is_flow(x)] if isinstance(n, fx.Node) else []
+        if not flows or n.op != "call_function" or t.operator(n) not in BETWEEN:
+            return None
+        passed.add(n)
+        asked += flows
+    return (*found.popitem(), passed) if len(found) == 1 else None
+
+
+def _contraction(t: Tracer, value: Any) -> int | None:
+    """The matrix product that a value is, but for what the same operator adds; of flows, or constant queries."""
+    marker = t.marker(value)
+    if isinstance(marker, Compared):
+        return marker.product if t.operator(value) in PRODUCTS else None
+    if not t.is_flow(value) or marker is not None or not isinstance(value.meta["val"], Tensor):
+        return None
+    index = t.flow(value)
+    while t.operator(value) == "baddbmm" and isinstance(t.net.nodes[index], (Shift, Scale)):
+        index = t.net.nodes[index].inputs[0]
+    node = t.net.nodes[index]
+    is_product = isinstance(node, Product) and node.apply is not torch.mul and t.shape(value) == node.shape
+    return index if is_product else None
+
+
+def _beside_sinks(t: Tracer, node: fx.Node, product: int, passed: set[fx.Node], dim: int) -> int:
+    """Similarities among which constants stand that have no flow."""
+    joins = [n for n in passed if t.operator(n) == "cat"]
+    shape, own = t.shape(node), t.net.nodes[product].shape
+    if len(joins) != 1 or len(shape) != len(own):
+        raise RuleError("a softmax over similarities that are laid out anew")
+    parts: Any = joins[0].args[0]
+    (place,) = (k for k, part in enumerate(parts) if t.is_flow(part))
+    ahead = sum(t.shape(part)[dim] for part in parts[:place])
+    widths = [0] * (2 * (len(shape) - dim))
+    widths[-2:] = ahead, shape[dim] - ahead - own[dim]
+    return t.add(Wire((product,), shape, apply=lambda xs, p: torch.nn.functional.pad(xs[0], widths)), node)
 
 
 def _attended(added: Expression, dim: int) -> Expression:
@@ -124,26 +183,6 @@ def _attended(added: Expression, dim: int) -> Expression:
         return torch.where(weights > 2.0**-126, weights, 0.0)
 
     return expression
-
-
-def _is_contraction(t: Tracer, value: Any) -> bool:
-    node = t.net.nodes[t.flow(value)] if t.is_flow(value) else None
-    return isinstance(node, Product) and node.apply is not torch.mul and t.shape(value) == node.shape
-
-
-@rule("einsum")
-def _einsum(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
-    equation, operands = a["equation"], a["tensors"]
-    if len(operands) != 2 or not all(t.is_flow(x) for x in operands):
-        raise RuleError("other than a product of two flows")
-    flows = (t.flow(operands[0]), t.flow(operands[1]))
-    product = Product(
-        flows,
-        t.shape(node),
-        apply=lambda x, y: torch.einsum(equation, x, y),
-        recorded=lambda found, tensors: tuple(found["tensors"]),
-    )
-    return t.add(product, node)
 
 
 @rule("masked_fill")
@@ -171,59 +210,3 @@ def _chosen(t: Tracer, node: fx.Node, flow: Any, condition: Expression, value: A
         return xs[0] * (condition(tensors) == kept)
 
     return t.add(Wire((t.flow(flow),), t.shape(node), apply=apply), node)
-
-
-# ----------------------------------------------------------------------------------------------------- experts
-
-
-@rule("topk")
-def _topk(t: Tracer, node: fx.Node, a: dict[str, Any]) -> list[Tensor]:
-    """Every choice, with equal weight: the export asks for as many as there are."""
-    values, indices = node.meta["val"]
-    dim, k = a["dim"], a["k"]
-    if k != t.shape(a["self"])[dim]:
-        raise RuleError(f"a choice of {k} that depends on data")
-    each = [1] * values.dim()
-    each[dim] = k
-    order = torch.arange(k).reshape(each).expand(indices.shape)
-    return [torch.full(values.shape, 1 / k, dtype=values.dtype), order.contiguous()]
-
-
-@rule("bmm")
-def _bmm(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
-    left, right = a["self"], a["mat2"]
-    if t.is_flow(left) and t.is_flow(right):
-        flows, own = (t.flow(left), t.flow(right)), factors("self", "mat2")
-        return t.add(Product(flows, t.shape(node), apply=torch.matmul, recorded=own), node)
-    flow, weight = (right, left) if t.is_flow(right) else (left, right)
-    parameter, chosen = _experts(t, weight)
-    axis = 1 if flow is right else 2  # of the flow's features
-    shape, leaving, name = t.shape(flow), t.shape(node), t.weight(parameter)
-    count = t.net.tensors[name].shape[0]
-    if shape[3 - axis] != 1 or not bool((chosen.bincount(minlength=count) == len(chosen) // count).all()):
-        raise RuleError("experts that are not all given the same")
-    order = chosen.argsort(stable=True)  # row n of expert e, in the order of the rows
-    back = order.argsort()
-    each = torch.Size((1, count, len(chosen) // count))
-    entering = Wire(
-        (t.flow(flow),),
-        torch.Size((*each, shape[axis])),
-        apply=lambda xs, p: xs[0].squeeze(3 - axis)[order.to(xs[0].device)].unflatten(0, each),
-    )
-    index = t.add(entering, node)
-    form = "experts" if flow is right else "experts_t"
-    synapse = Synapse((index,), torch.Size((*each, leaving[axis])), weight=name, form=form, groups=count)
-    index = t.add(synapse, node)
-    rows = Wire((index,), leaving, apply=lambda xs, p: xs[0].flatten(0, 2)[back.to(xs[0].device)].unsqueeze(3 - axis))
-    return t.add(rows, node)
-
-
-def _experts(t: Tracer, value: Any) -> tuple[Any, Tensor]:
-    """The parameter that holds all experts' weights, and the expert that each row takes."""
-    if isinstance(value, fx.Node) and value.op == "call_function":
-        if t.operator(value) == "index_select" and value.args[1] == 0:
-            return value.args[0], t.constant(value.args[2])(t.net.tensors)
-        indices: Any = value.args[1] if t.operator(value) == "index" else ()
-        if len(indices) == 1 and not t.is_flow(indices[0]):
-            return value.args[0], t.constant(indices[0])(t.net.tensors)
-    raise RuleError("a batch of matrix products with weights that are not chosen from a parameter")

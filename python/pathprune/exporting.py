@@ -70,7 +70,7 @@ def export(model: nn.Module, example_input: Any) -> torch.export.ExportedProgram
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     try:
         with torch.random.fork_rng(devices=devices), evaluating(model), torch.no_grad(), _plainly(model):
-            return torch.export.export(model, args, kwargs, strict=False)
+            return _by_values(torch.export.export(model, args, kwargs, strict=False))
     except Exception as error:  # torch.export raises many types, user code any
         summary = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         shapes = [tuple(a.shape) for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
@@ -79,6 +79,22 @@ def export(model: nn.Module, example_input: Any) -> torch.export.ExportedProgram
             f"{type(error).__name__}: {summary}. The forward must accept example_input and must not branch on values "
             "of tensors (torch.export)"
         ) from error
+
+
+def _by_values(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """The program without writes into parts of tensors, which no value of the graph stands for."""
+    aten = torch.ops.aten
+    if not any(node.target is aten.copy_.default for node in program.graph.nodes):
+        return program
+    program = program.run_decompositions({})  # nothing is decomposed, and no operator in place
+    for node in program.graph.nodes:
+        if node.target in (aten.view.default, aten._unsafe_view.default):  # where the memory lay out allows it
+            node.target = aten.reshape.default
+        if node.target is aten.slice_scatter.default and len(node.args) > 4:  # torch.vmap wants ends that exist
+            dim, _, end, *step = node.args[2:]
+            node.args = (*node.args[:4], min(end, node.meta["val"].shape[dim]), *step)
+    program.graph_module.recompile()
+    return program
 
 
 def one_sample(example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

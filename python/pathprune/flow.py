@@ -120,7 +120,7 @@ class PathFlow(ScaledArithmetic):
         skips_norm = self.policy.batch_norm == "identity" and getattr(node, "kind", "") == "batch_norm"
         if isinstance(node, kinds.Scale) and not skips_norm:
             factor = self._powered(node, node.factor, keeps_zeros=True)
-            is_one = self.power == 0 and node.shape == self.network.nodes[node.inputs[0]].shape and bool(factor.all())
+            is_one = node.shape == self.network.nodes[node.inputs[0]].shape and bool((factor == 1).all())
             return None if is_one else factor
         if isinstance(node, kinds.Shift) and not (drops_biases or skips_norm):
             value = self._powered(node, node.value)
@@ -192,7 +192,7 @@ class PathFlow(ScaledArithmetic):
         if not self.batched:
             return function(*tensors)
         lead = self._lead()
-        flat = [tensor.reshape(-1, *tensor.shape[2:]) for tensor in tensors]
+        flat = [tensor.flatten(0, 1) for tensor in tensors]
         return torch.vmap(function)(*flat).unflatten(0, lead)
 
     def _linear_map(self, k: int, function: Callable[..., Tensor], entering: Sequence[Scaled]) -> Scaled:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from .distributed import ALONE, Group, is_distributed, local, reshard, row_group, whole
 from .exporting import UnsupportedModelError, canonical_names, export, module_path, operator_name
@@ -86,6 +86,21 @@ class PathNetwork:
             UnsupportedModelError: the module cannot be exported, or an operator has no rule; names module and rule.
             ValueError: no parameters, meta tensors, or several devices; ``sharded``: a weight not cut along its rows.
         """
+        net, tracer = cls._exported(model, example_input, tensors, sharded)
+        tracer.run()
+        net._drop_dead_ends()
+        net._order_prunable(name for name, _ in model.named_parameters())
+        if sharded:
+            net._gather_all_but_weights()
+        reached = {name for k in net.synapses() for name in [net.nodes[k].weight]}  # type: ignore[attr-defined]
+        net.unreached = tuple(name for name in _weight_names(tracer.shown) if name not in reached)
+        return net
+
+    @classmethod
+    def _exported(
+        cls, model: nn.Module, example_input: Any, tensors: Mapping[str, Tensor] | None, sharded: bool
+    ) -> tuple[PathNetwork, Tracer]:
+        """A network without nodes, and what reads them of the model."""
         reshard(model)
         values = _values(model, tensors, sharded)
         net = cls()
@@ -98,15 +113,7 @@ class PathNetwork:
             structure = rebuilt(model, {**values, **shapes})
         _check_tensors(shown)
         net._source = {**dict(net.model.named_parameters()), **dict(net.model.named_buffers())}
-        program = export(structure, example_input)
-        Tracer(net, program, canonical_names(shown)).run()
-        net._drop_dead_ends()
-        net._order_prunable(name for name, _ in model.named_parameters())
-        if sharded:
-            net._gather_all_but_weights()
-        reached = {name for k in net.synapses() for name in [net.nodes[k].weight]}  # type: ignore[attr-defined]
-        net.unreached = tuple(name for name in _weight_names(shown) if name not in reached)
-        return net
+        return net, Tracer(net, export(structure, example_input), shown)
 
     def _gather_all_but_weights(self) -> None:
         """Biases, norms and constants are needed whole; weights stay where their rows are."""
@@ -116,23 +123,27 @@ class PathNetwork:
                 self.tensors[name] = whole(tensor)
         self.shards = row_group({name: self.tensors[name] for name in self.tensors if name in weights})
 
-    @staticmethod
-    def support_report(model: nn.Module, example_input: Any) -> SupportReport:
-        """Every operator of the model, its rule or none, and the modules it comes from. Raises only if export fails."""
+    @classmethod
+    def support_report(cls, model: nn.Module, example_input: Any) -> SupportReport:
+        """Every operator of the model, its rule or none, and the modules it comes from.
+
+        Raises as :meth:`from_module` does, but not for operators.
+        """
+        _, tracer = cls._exported(model, example_input, None, False)
+        lacking, refused = tracer.survey()
         rows: dict[str, tuple[str, list[str]]] = {}
-        program = export(model, example_input)
-        flows = _reads_flow(program)
-        for node in program.graph.nodes:
+        for node in tracer.graph.nodes:
             schema = getattr(node.target, "_schema", None)
             known = isinstance(node.target, (torch._ops.OpOverload, torch._ops.HigherOrderOperator))
             if node.op != "call_function" or not known or (schema is not None and not schema.returns):
                 continue
             name = operator_name(node)
             function = rule_of(name)
-            if function is None and node not in flows:
+            if function is None and node not in lacking:
                 continue
             rows.setdefault(name, (_rule_name(function), []))[1].append(module_path(node))
-        return SupportReport(type(model).__name__, rows)
+        uses = [f"{operator_name(node)} in {module_path(node)}: {why}" for node, why in refused.items()]
+        return SupportReport(type(model).__name__, rows, tuple(uses))
 
     def _drop_dead_ends(self) -> None:
         """Keeps the nodes from which an output can be reached, so that dead code carries no weights."""
@@ -308,18 +319,23 @@ def as_network(model: nn.Module | PathNetwork, example_input: Any, *, sharded: b
 
 
 class SupportReport:
-    """Operators of a model and their rules. ``bool(report)`` is True when every operator has one."""
+    """Operators of a model and their rules. ``bool(report)`` is True when ``PathNetwork.from_module`` reads the model.
 
-    def __init__(self, model: str, rows: dict[str, tuple[str, list[str]]]) -> None:
-        self.model = model
-        self.rows = rows  # operator -> (rule or "none", modules)
+    Attributes:
+        model: the name of its class.
+        rows: operator -> (rule or "none", the modules it is in).
+        refused: uses of operators that their rule refuses: operator, module and reason.
+    """
+
+    def __init__(self, model: str, rows: dict[str, tuple[str, list[str]]], refused: tuple[str, ...] = ()) -> None:
+        self.model, self.rows, self.refused = model, rows, refused
 
     def missing(self) -> list[str]:
         """Operators without a rule."""
         return sorted(name for name, (rule, _) in self.rows.items() if rule == "none")
 
     def __bool__(self) -> bool:
-        return not self.missing()
+        return not self.missing() and not self.refused
 
     def __str__(self) -> str:
         lines = [f"{self.model}: {len(self.rows)} operators, {len(self.missing())} without a rule"]
@@ -327,6 +343,7 @@ class SupportReport:
         for name, (rule, modules) in sorted(self.rows.items(), key=lambda row: (row[1][0] != "none", row[0])):
             more = f" and {len(modules) - 2} more" if len(modules) > 2 else ""
             lines.append(f"  {name:<{width}}  {rule:<12}  {len(modules):>4} x  {', '.join(modules[:2])}{more}")
+        lines += [f"  refused: {use}" for use in self.refused]
         return "\n".join(lines)
 
 
@@ -334,25 +351,6 @@ def _rule_name(function: Callable[..., Any] | None) -> str:
     if function is None:
         return "none"
     return function.__name__.lstrip("_")
-
-
-def _reads_flow(program: torch.export.ExportedProgram) -> set[fx.Node]:
-    """The nodes that depend on a floating-point input of the model, or on what an embedding makes of others."""
-    inputs = set(program.graph_signature.user_inputs)
-    chosen: set[fx.Node] = set()  # what integer inputs give
-    found: set[fx.Node] = set()
-    for node in program.graph.nodes:
-        if node.op == "placeholder" and node.name in inputs:
-            value = node.meta.get("val")
-            (found if isinstance(value, Tensor) and value.is_floating_point() else chosen).add(node)
-        elif node.op == "call_function":
-            read = set(node.all_input_nodes)
-            is_source = operator_name(node) == "embedding" and read & chosen
-            if is_source or read & found:
-                found.add(node)
-            elif read & chosen:
-                chosen.add(node)
-    return found
 
 
 def _weight_names(model: nn.Module) -> list[str]:

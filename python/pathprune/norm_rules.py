@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from .nodes import Expression, Gate, Norm, Recorder, Scale, Shift, Tensors
-from .rules import IDENTITIES, RuleError, along, rule, scaled
+from .rules import IDENTITIES, Marker, RuleError, along, rule, scaled
 
 if TYPE_CHECKING:
     from .tracer import Tracer
@@ -120,7 +120,7 @@ def _instance_norm(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
 
 
 @dataclass(frozen=True)
-class Moment:
+class Moment(Marker):
     """``(mean or sum of x^2 over dims)^(power / 2)``, times constants: the size of a flow, not a flow itself.
 
     Attributes:
@@ -142,6 +142,9 @@ class Moment:
         if self.dims is not None:
             raise RuleError("the size of a flow is used other than to divide that flow")
         return t.gate(Gate((self.flow,), t.shape(self.square), name="square"), self.square)
+
+    def through(self, t: Tracer, node: fx.Node, a: dict[str, Any]) -> Moment | int | None:
+        return _through_moment(t, node, a)
 
     def raised(self, exponent: float) -> Moment:
         factors = tuple((value, power * exponent) for value, power in self.factors)
@@ -191,18 +194,23 @@ _SAME = {*IDENTITIES, "expand", "unsqueeze", "squeeze", "clamp", "clamp_min", "m
 _POWERS = {"sqrt": 0.5, "rsqrt": -0.5, "reciprocal": -1.0}
 
 
-def through_moment(t: Tracer, node: fx.Node, a: dict[str, Any]) -> Moment | int | None:
+def _moment(t: Tracer, value: Any) -> Moment | None:
+    found = t.marker(value)
+    return found if isinstance(found, Moment) else None
+
+
+def _through_moment(t: Tracer, node: fx.Node, a: dict[str, Any]) -> Moment | int | None:
     """What an operator makes of a moment; None where it reads the squares as a flow."""
     name = t.operator(node)
-    moment = next(m for m in map(t.moment, node.all_input_nodes) if m is not None)
+    moment = next(m for m in (_moment(t, x) for x in node.all_input_nodes) if m is not None)
     if moment.dims is None:
         if name in ("mean", "sum"):
             return replace(moment, dims=_dims(t, a["self"], a.get("dim")), is_mean=name == "mean")
         return moment if name in IDENTITIES else None
     if name in ("mul", "multiply", "div", "divide", "true_divide"):
         return _scaled_or_divided(t, node, a, 1.0 if name.startswith("mul") else -1.0)
-    others = [x for x in node.all_input_nodes if t.is_flow(x) and t.moment(x) is None]
-    is_combined = len(node.all_input_nodes) > 1 and all(t.moment(x) is not None for x in node.all_input_nodes)
+    others = [x for x in node.all_input_nodes if t.is_flow(x) and _moment(t, x) is None]
+    is_combined = len(node.all_input_nodes) > 1 and all(_moment(t, x) is not None for x in node.all_input_nodes)
     if is_combined:
         raise RuleError("the sizes of two flows are combined")
     if name == "expand_as" or ((name in _SAME or name == "add") and not others):
@@ -219,20 +227,20 @@ def _root(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
 
 def _scaled_or_divided(t: Tracer, node: fx.Node, a: dict[str, Any], sign: float) -> Moment | int:
     left, right = a["self"], a["other"]
-    moment = t.moment(left)
+    moment = _moment(t, left)
     if moment is not None and not t.is_flow(right):
         return moment.times(t.constant(right), sign)
     if moment is not None:
         if sign < 0:
             raise RuleError("a division by a flow")
         left, right = right, left
-    moment = t.moment(right)
+    moment = _moment(t, right)
     assert moment is not None
     if not t.is_flow(left):
         value = t.constant(left)
         return (moment.raised(-1.0) if sign < 0 else moment).times(value, 1.0)
     moment = moment.raised(sign)
-    if t.moment(left) is not None or _uncentred(t, t.flow(left)) != _uncentred(t, moment.flow) or moment.power != -1:
+    if _moment(t, left) is not None or _uncentred(t, t.flow(left)) != _uncentred(t, moment.flow) or moment.power != -1:
         raise RuleError("a flow is multiplied by the size of a flow, not divided by its own")
     entering = t.net.nodes[moment.flow].shape
     assert moment.dims is not None

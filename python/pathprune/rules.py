@@ -7,17 +7,15 @@ and without the trailing underscore of in-place forms. To support a new operator
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from .nodes import (
-    Constant,
     Expression,
     Gate,
     Input,
-    Pool,
     Product,
     Recorder,
     Reduce,
@@ -36,7 +34,31 @@ RULES: dict[str, Rule] = {}
 
 
 class RuleError(ValueError):
-    """An operator, or this use of it, has no meaning for paths."""
+    """An operator, or this use of it, has no meaning for paths: the one being read, or ``node`` before it."""
+
+    def __init__(self, why: str, node: fx.Node | None = None) -> None:
+        super().__init__(why)
+        self.node = node
+
+
+class Marker:
+    """A value that depends on the model's input and is no flow itself, but leads to one: a norm's size, say.
+
+    Operators that read one ask it first.
+
+    Attributes:
+        wanted: what it is, and is refused to be otherwise.
+    """
+
+    wanted: ClassVar[str] = "a value that depends on the model's input by itself"
+
+    def through(self, t: Tracer, node: fx.Node, a: dict[str, Any]) -> Any:
+        """What an operator makes of it: a flow, a marker, or None where the operator's own rule is to tell."""
+        raise NotImplementedError
+
+    def as_flow(self, t: Tracer) -> int:
+        """The flow that it is where it is read as one."""
+        raise RuleError(self.wanted)
 
 
 def rule(*operators: str) -> Callable[[Rule], Rule]:
@@ -53,7 +75,11 @@ def rule(*operators: str) -> Callable[[Rule], Rule]:
 # ---------------------------------------------------------------------------------------------------- synapses
 
 
-def _tuple(value: Any, n: int) -> tuple[int, ...]:
+PRODUCTS = {"linear", "addmm", "mm", "matmul", "bmm", "baddbmm", "einsum", "conv1d", "conv2d", "conv3d"}
+
+
+def axes_tuple(value: Any, n: int) -> tuple[int, ...]:
+    """A number for each of n axes, given as that or as one for all."""
     values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
     return values * n if len(values) == 1 else values
 
@@ -82,46 +108,34 @@ def shifted(t: Tracer, node: fx.Node, index: int, bias: Any, channel_dim: int, k
     return t.add(Shift((index,), t.shape(node), value=value, kind=kind), node)
 
 
-@rule("linear")
-def _linear(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
-    name, transposed = t.weight_or_transpose(a["weight"])
-    form = "linear_t" if transposed else "linear"
-    return weighted(t, node, t.flow(a["input"]), name, a["bias"], -1, form=form)
-
-
-@rule("addmm")
-def _addmm(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
-    if a["beta"] != 1 or a["alpha"] != 1:
-        raise RuleError("beta and alpha other than 1")
-    return _matrix_product(t, node, a["mat1"], a["mat2"], a["self"])
-
-
-@rule("mm", "matmul")
-def _matmul(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
-    left, right = a["self"], a["mat2"] if "mat2" in a else a["other"]
-    if t.is_flow(left) and t.is_flow(right):
-        own = factors("self", "mat2" if "mat2" in a else "other")
-        return t.add(Product((t.flow(left), t.flow(right)), t.shape(node), apply=torch.matmul, recorded=own), node)
-    return _matrix_product(t, node, left, right, None)
-
-
 def factors(left: str, right: str) -> Recorder:
     """The two factors of a product, by the names of the operator's arguments."""
     return lambda a, tensors: (a[left], a[right])
 
 
-def _matrix_product(t: Tracer, node: fx.Node, left: Any, right: Any, bias: Any) -> int:
-    if not t.is_flow(left):
-        raise RuleError("a constant matrix times a flow")
-    name, transposed = t.weight_or_transpose(right)
-    return weighted(t, node, t.flow(left), name, bias, -1, form="linear" if transposed else "linear_t")
+@rule("linear")
+def _linear(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
+    return by_matrix(t, node, a["input"], a["weight"], -2, a["bias"])
+
+
+def by_matrix(t: Tracer, node: fx.Node, value: Any, matrix: Any, out: int, bias: Any) -> int:
+    """A flow times a parameter, or some rows of one: then all of it, and of what leaves that part."""
+    flow, shape = t.flow(value), t.shape(node)
+    name, axis, first = t.matrix(matrix, out)
+    form = "linear" if axis == -2 else "linear_t"
+    every = t.net.tensors[name].shape[axis] if t.net.tensors[name].dim() > 1 else shape[-1]
+    if every == shape[-1]:
+        return weighted(t, node, flow, name, bias, -1, form=form)
+    index = t.add(Synapse((flow,), torch.Size((*shape[:-1], every)), weight=name, form=form), node)
+    some = t.add(Wire((index,), shape, apply=lambda xs, p: xs[0].narrow(-1, first, shape[-1])), node)
+    return shifted(t, node, some, bias, -1)
 
 
 @rule("conv1d", "conv2d", "conv3d")
 def _conv(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
     weight = t.weight(a["weight"])
     n = len(t.net.tensors[weight].shape) - 2
-    dilation = _tuple(a["dilation"], n)
+    dilation = axes_tuple(a["dilation"], n)
     flow = t.flow(a["input"])
     kernel = t.net.tensors[weight].shape[2:]
     padding = a["padding"]
@@ -132,7 +146,7 @@ def _conv(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
         if any(amount % 2 for amount in total):  # torch pads the far side more
             flow = _padded(t, node, flow, [amount % 2 for amount in total])
         padding = [amount // 2 for amount in total]
-    options = {"stride": _tuple(a["stride"], n), "padding": _tuple(padding, n), "dilation": dilation}
+    options = {"stride": axes_tuple(a["stride"], n), "padding": axes_tuple(padding, n), "dilation": dilation}
     return weighted(t, node, flow, weight, a["bias"], -1 - n, form="conv", groups=a["groups"], **options)
 
 
@@ -149,7 +163,7 @@ def _padded(t: Tracer, node: fx.Node, flow: int, far: Sequence[int]) -> int:
 def _conv_transpose(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
     weight = t.weight(a["weight"])
     n = len(t.net.tensors[weight].shape) - 2
-    options = {key: _tuple(a[key], n) for key in ("stride", "padding", "dilation", "output_padding")}
+    options = {key: axes_tuple(a[key], n) for key in ("stride", "padding", "dilation", "output_padding")}
     options["groups"] = a["groups"]
     return weighted(t, node, t.flow(a["input"]), weight, a["bias"], -1 - n, form="conv_transpose", **options)
 
@@ -172,188 +186,30 @@ def _embedding(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int | None:
     *("threshold", "hardshrink", "softshrink", "log_sigmoid", "rrelu"),
 )
 def _gate(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
-    return t.gate(Gate((t.flow(next(iter(a.values()))),), t.shape(node), name=t.operator(node)), node)
+    name = t.operator(node)
+    if name.startswith("clamp") or name == "hardtanh":
+        name = "hardtanh" if _keeps_zero(a) else "clamp"
+    return t.gate(Gate((t.flow(next(iter(a.values()))),), t.shape(node), name=name), node)
+
+
+def _keeps_zero(a: dict[str, Any]) -> bool:
+    """Whether bounds are numbers on either side of zero, or on one."""
+    low, high = (
+        [a[key] for key in keys if a.get(key) is not None] for keys in (("min", "min_val"), ("max", "max_val"))
+    )
+    is_known = all(isinstance(bound, (int, float)) for bound in low + high)
+    return is_known and max(low, default=0) <= 0 <= min(high, default=0)
 
 
 IDENTITIES = (
     *("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "contiguous", "clone", "alias"),
-    *("detach", "to", "_to_copy", "type_as", "lift_fresh_copy", "neg", "positive"),
+    *("detach", "to", "_to_copy", "type_as", "lift_fresh_copy", "positive"),
 )
 
 
 @rule(*IDENTITIES)
 def _identity(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
     return t.flow(next(iter(a.values())))
-
-
-# ----------------------------------------------------------------------------------------------------- pooling
-
-
-@rule("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d")
-def _pool(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
-    operator = t.operator(node).removesuffix("_with_indices")
-    n = int(operator[-2])
-    kernel = _tuple(a["kernel_size"], n)
-    pool = Pool(
-        (t.flow(next(iter(a.values()))),),
-        t.shapes(node)[0],
-        kind=operator[:3],
-        kernel=kernel,
-        stride=_tuple(a["stride"], n) if a["stride"] not in (None, []) else kernel,
-        padding=_tuple(a["padding"], n),
-        dilation=_tuple(a.get("dilation", 1), n),
-        ceil_mode=a["ceil_mode"],
-        count_include_pad=a.get("count_include_pad", True),
-        divisor=a.get("divisor_override"),
-    )
-    return t.add(pool, node)
-
-
-@rule("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d")
-def _adaptive_avg_pool(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
-    flow = t.flow(next(iter(a.values())))
-    n = int(t.operator(node)[-2])
-    entering, leaving = t.net.nodes[flow].shape[-n:], t.shape(node)[-n:]
-    if all(size == 1 for size in leaving):
-        dims = tuple(range(len(t.shape(node)) - n, len(t.shape(node))))
-        return t.add(Reduce((flow,), t.shape(node), kind="mean", dims=dims, keepdim=True), node)
-    if all(i % o == 0 for i, o in zip(entering, leaving, strict=True)):
-        kernel = tuple(i // o for i, o in zip(entering, leaving, strict=True))
-        none, one = (0,) * n, (1,) * n
-        pool = Pool((flow,), t.shape(node), kind="avg", kernel=kernel, stride=kernel, padding=none, dilation=one)
-        return t.add(pool, node)
-    return _separable(t, node, flow, n)
-
-
-@rule("adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d")
-def _adaptive_max_pool(t: Tracer, node: fx.Node, a: dict[str, Any]) -> tuple[int, None]:
-    flow = t.flow(next(iter(a.values())))
-    n = int(t.operator(node)[-2])
-    shape = t.shapes(node)[0]
-    entering, leaving = t.net.nodes[flow].shape[-n:], shape[-n:]
-    if any(i % o for i, o in zip(entering, leaving, strict=True)):
-        raise RuleError(f"windows of unequal size ({tuple(entering)} to {tuple(leaving)})")
-    kernel = tuple(i // o for i, o in zip(entering, leaving, strict=True))
-    none, one = (0,) * n, (1,) * n
-    pool = Pool((flow,), shape, kind="max", kernel=kernel, stride=kernel, padding=none, dilation=one)
-    return t.add(pool, node), None
-
-
-@rule("max_pool1d_with_indices", "max_pool2d_with_indices", "max_pool3d_with_indices")
-def _pool_with_indices(t: Tracer, node: fx.Node, a: dict[str, Any]) -> tuple[int, None]:
-    return _pool(t, node, a), None
-
-
-@rule("mean", "sum")
-def _reduce(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
-    flow = t.flow(a["self"])
-    n = len(t.net.nodes[flow].shape)
-    dims = a.get("dim") or tuple(range(n))
-    dims = (dims,) if isinstance(dims, int) else tuple(dims)
-    dims = tuple(sorted(d % n for d in dims))
-    reduce = Reduce((flow,), t.shape(node), kind=t.operator(node), dims=dims, keepdim=a.get("keepdim", False))
-    return t.add(reduce, node)
-
-
-# ------------------------------------------------------------------------------------------------------- wires
-
-
-@rule("flatten", "reshape", "view", "_unsafe_view", "unflatten")
-def _reshape(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
-    shape = t.shape(node)
-    wire = Wire((t.flow(a["self"]),), shape, apply=lambda xs, p: xs[0].reshape(shape), reshapes=True)
-    return t.add(wire, node)
-
-
-@rule(
-    *("permute", "transpose", "t", "mT"),
-    *("numpy_T", "movedim", "swapaxes", "squeeze", "unsqueeze", "slice", "select", "narrow", "index"),
-    *("index_select", "expand", "repeat", "repeat_interleave", "roll", "flip", "unfold"),
-    *("pixel_shuffle", "pixel_unshuffle", "channel_shuffle"),
-    *("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d"),
-    *("_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d"),
-)
-def _replay(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
-    """A map of zeros and ones: the operator itself."""
-    return t.add(Wire((t.flow(next(iter(a.values()))),), t.shape(node), apply=t.replay(node)), node)
-
-
-@rule("view_as", "expand_as")
-def _like(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
-    shape, name = t.shape(node), t.operator(node).removesuffix("_as")
-    return t.add(Wire((t.flow(a["self"]),), shape, apply=lambda xs, p: getattr(xs[0], name)(shape)), node)
-
-
-@rule("split", "split_with_sizes", "chunk", "unbind", "tensor_split")
-def _split(t: Tracer, node: fx.Node, a: dict[str, Any]) -> list[int]:
-    flow = t.flow(a["self"])
-    replay = t.replay(node)
-
-    def part(k: int) -> Callable[[Sequence[Tensor], float], Tensor]:
-        return lambda xs, p: replay(xs, p)[k]
-
-    return [t.add(Wire((flow,), shape, apply=part(k)), node) for k, shape in enumerate(t.shapes(node))]
-
-
-@rule("cat", "concat", "stack")
-def _cat(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
-    flows = tuple(t.flow(part) if t.is_flow(part) else constant_flow(t, node, part) for part in a["tensors"])
-    join = torch.stack if t.operator(node) == "stack" else torch.cat
-    dim = a["dim"]
-    concat_dim = dim % len(t.shape(node)) if join is torch.cat else None
-    return t.add(Wire(flows, t.shape(node), apply=lambda xs, p: join(list(xs), dim), concat_dim=concat_dim), node)
-
-
-def constant_flow(t: Tracer, node: fx.Node, part: fx.Node) -> int:
-    """A constant of the model, at which paths begin where biases flow."""
-    return t.add(Constant((), t.shape(part), value=t.constant(part)), node)
-
-
-@rule("pad", "constant_pad_nd")
-def _pad(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
-    value = a.get("value") or 0
-    if value not in (0, float("-inf")):  # -inf before a max pool is no flow, as zero is
-        raise RuleError(f"padding with {value}")
-    widths, mode = list(a["pad"]), a.get("mode", "constant")
-    flow = t.flow(a["self"])
-    wire = Wire((flow,), t.shape(node), apply=lambda xs, p: torch.nn.functional.pad(xs[0], widths, mode=mode))
-    return t.add(wire, node)
-
-
-@rule(
-    *("upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d", "upsample_bicubic2d"),
-    *("_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa"),
-)
-def _upsample(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
-    flow = t.flow(a["input"] if "input" in a else a["self"])
-    return _separable(t, node, flow, len(t.shape(node)) - 2)
-
-
-def _separable(t: Tracer, node: fx.Node, flow: int, n: int) -> int:
-    """A map that acts on each of the last n axes by a matrix of its own; its entries are raised to the power."""
-    entering = t.net.nodes[flow].shape
-    replay = t.replay(node)
-    matrices = []
-    for axis in range(n):  # the matrix of one axis: the operator on unit vectors along it, constant along the others
-        size = entering[2 + axis]
-        shape = [size, 1] + [entering[2 + k] if k != axis else 1 for k in range(n)]
-        units = torch.eye(size, dtype=torch.float64).reshape([size, 1] + [size if k == axis else 1 for k in range(n)])
-        out = replay([units.expand([s if k != 2 + axis else size for k, s in enumerate(shape)])], 1.0)
-        matrices.append(out.movedim(2 + axis, -1).reshape(size, -1, out.shape[2 + axis])[:, 0].T)  # [out, in]
-
-    def apply(xs: Sequence[Tensor], power: float) -> Tensor:
-        x = xs[0]
-        for axis, matrix in enumerate(matrices):
-            entries = matrix.abs().to(x) if power == 1 else _power(matrix, power).to(x)
-            x = (x.movedim(2 + axis, -1) @ entries.T).movedim(-1, 2 + axis)
-        return x
-
-    return t.add(Wire((flow,), t.shape(node), apply=apply), node)
-
-
-def _power(entries: Tensor, power: float) -> Tensor:
-    """``|entries|^power`` with absent entries (zeros) staying absent at power 0."""
-    return torch.where(entries == 0, 0.0, entries.abs() ** power)
 
 
 # -------------------------------------------------------------------------------------------------- arithmetic
@@ -369,7 +225,8 @@ def _add(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
     if t.operator(node) == "sub" and _is_mean_of(t, a["other"], a["self"]):
         mean = t.net.nodes[t.flow(a["other"])]
         return t.add(Gate((t.flow(a["self"]),), t.shape(node), name="centre", dims=mean.dims), node)  # type: ignore[attr-defined]
-    factors = (1, a["alpha"]) if t.operator(node) != "rsub" else (a["alpha"], 1)
+    alpha = a["alpha"] if t.operator(node) == "add" else -a["alpha"]
+    factors = (1, alpha) if t.operator(node) != "rsub" else (alpha, 1)
     flows, value = [], None
     for term, factor in zip((a["self"], a["other"]), factors, strict=True):
         if not t.is_flow(term):
@@ -393,6 +250,11 @@ def _is_mean_of(t: Tracer, mean: Any, value: Any) -> bool:
 
 def _times(expression: Expression, factor: float) -> Expression:
     return expression if factor == 1 else lambda tensors: expression(tensors) * factor
+
+
+@rule("neg")
+def _neg(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
+    return scaled(t, node, t.flow(a["self"]), t.constant(-1))
 
 
 @rule("mul", "multiply")

@@ -8,20 +8,33 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
-from . import attention_rules  # noqa: F401 (enters its rules into the table)
-from .exporting import UnsupportedModelError, module_path, operator_name
+from . import attention_rules, complex_rules, norm_rules  # noqa: F401 (enter rules; so do those they import)
+from .exporting import UnsupportedModelError, canonical_names, module_path, operator_name
+from .graph_values import (
+    always,
+    arguments_of,
+    evaluated,
+    exchanges_last_axes,
+    memory_of,
+    part_of,
+    tensor_of,
+    zeros_like_value,
+)
 from .nodes import Expression, Gate, Input, Node, Norm, Pool, Product, Softmax, Tensors, WireMap
-from .norm_rules import Moment, through_moment
-from .rules import RULES, RuleError
+from .rules import IDENTITIES, PRODUCTS, RULES, Marker, RuleError
 
 if TYPE_CHECKING:
     from .network import PathNetwork
 
 
 _USER_INPUT = torch.export.graph_signature.InputKind.USER_INPUT
+_EMPTY = {"empty_like", "new_empty"}  # what they hold before it is written counts as zeros
+_FILLED = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"}
+_SAME_ORDER = {*IDENTITIES, "squeeze", "unsqueeze", "view", "reshape"}  # of a weight's elements
+_LIKE = {"type_as": 0, "expand_as": 0, "view_as": 0, "to": 0, "copy": 1}  # a value, laid out as another is -> which
 
 
 @dataclass(frozen=True)
@@ -65,14 +78,16 @@ class Tracer:
     follows the model's present weights).
     """
 
-    def __init__(self, net: PathNetwork, program: torch.export.ExportedProgram, canonical: Mapping[str, str]) -> None:
-        self.net = net
+    def __init__(self, net: PathNetwork, program: torch.export.ExportedProgram, shown: nn.Module) -> None:
+        self.net, self.shown = net, shown
+        canonical = canonical_names(shown)
         self.graph = program.graph
         self._outputs = program.call_spec.out_spec
         self._flows: dict[fx.Node, Any] = {}  # fx node -> node index, or list of them
         self._squares: dict[fx.Node, int] = {}  # squares that are read for themselves -> node index
         self._names: dict[fx.Node, str] = {}  # fx placeholder -> tensor name
         self._literals: dict[fx.Node, Tensor] = {}  # integer and boolean model inputs, lifted constants
+        self._of_shapes: dict[fx.Node, Expression] = {}  # constants in the shape or type of a flow
         self._reads_input: dict[fx.Node, bool] = {}
         self._asked: set[fx.Node] = set()  # placeholders that are the model's own inputs
         self._position = {node: k for k, node in enumerate(self.graph.nodes)}
@@ -106,19 +121,60 @@ class Tracer:
         else:
             self._literals[node] = example
 
+    def survey(self) -> tuple[set[fx.Node], dict[fx.Node, str]]:
+        """``(operators that read flow and have no rule, uses that a rule refuses -> why)``, all there are.
+
+        What leaves one of them counts as flow, and nothing that reads it as refused.
+        """
+        lacking: set[fx.Node] = set()
+        refused: dict[fx.Node, str] = {}
+        opaque: set[fx.Node] = set()
+        for node in self.graph.nodes:
+            if node.op == "output":
+                refused |= self._refused_leaves(node)
+            if node.op != "call_function":
+                continue
+            reads_opaque = any(a in opaque for a in node.all_input_nodes)
+            try:
+                if not reads_opaque:
+                    self._explain(node)
+                    continue
+            except UnsupportedModelError as error:
+                if self.operator(node) in RULES:
+                    cause = cast("RuleError", error.__cause__)
+                    refused[cause.node or node] = str(cause)
+            if node.target is not python_operator.getitem and self.operator(node) not in RULES:
+                lacking.add(node)
+            opaque.add(node)
+            self._flows[node] = None
+        return lacking, refused
+
     def run(self) -> None:
         """Explains every node of the graph, and marks the outputs."""
         for node in self.graph.nodes:
             if node.op == "call_function":
                 self._explain(node)
             elif node.op == "output":
-                every = tree_leaves(node.args)
-                leaves = [a for a in self._chosen(every) if isinstance(a, fx.Node) and a in self._flows]
+                every, leaves = tree_leaves(node.args), self._leaves(node)
                 if not leaves:
                     raise UnsupportedModelError("no output of the model depends on a floating-point input")
-                self.net.outputs = tuple(self.flow(a) for a in leaves)
+                self.net.outputs = tuple(map(self._leaving, leaves))
                 assert self.net.forward is not None
                 self.net.forward = replace(self.net.forward, outputs=tuple(map(every.index, leaves)))
+
+    def _leaves(self, output: fx.Node) -> list[fx.Node]:
+        """The outputs of the model that paths run to."""
+        return [a for a in self._chosen(tree_leaves(output.args)) if isinstance(a, fx.Node) and a in self._flows]
+
+    def _refused_leaves(self, output: fx.Node) -> dict[fx.Node, str]:
+        refused = {}
+        for node in self._leaves(output):
+            try:
+                if self.marker(node) is not None:
+                    self.flow(node)
+            except RuleError as error:
+                refused[error.node or node] = str(error)
+        return refused
 
     def _chosen(self, leaves: list[Any]) -> list[Any]:
         """The logits, where the outputs have names and some are called so; else all."""
@@ -139,6 +195,8 @@ class Tracer:
             return
         name, schema = self.operator(node), getattr(node.target, "_schema", None)
         reads_flow = any(argument in self._flows for argument in node.all_input_nodes)
+        if reads_flow and self._reads_shapes(node, name):
+            return
         before = len(self.net.nodes)
         try:
             if schema is not None and schema.is_mutable:
@@ -147,9 +205,10 @@ class Tracer:
                 return  # a constant, evaluated when a rule asks for it; or an assertion
             if schema is None or name not in RULES:
                 raise RuleError("no rule for this operator")
-            bound, found = self._bind(node), None
-            if any(self.moment(argument) is not None for argument in node.all_input_nodes):
-                found = through_moment(self, node, bound)
+            bound = arguments_of(node)
+            markers = (self.marker(argument) for argument in node.all_input_nodes)
+            marker = next((found for found in markers if found is not None), None)
+            found = None if marker is None else marker.through(self, node, bound)
             found = RULES[name](self, node, bound) if found is None else found
             if found is None:
                 return
@@ -161,10 +220,33 @@ class Tracer:
                 if not isinstance(made, (Input, Product, Softmax)):
                     self._note_choices(k, node)
         except RuleError as error:
-            raise UnsupportedModelError(
-                f"PathNetwork: operator aten.{name} in module {self.module_path(node)}: {error}; to support it, write "
-                f"a rule for '{name}' in pathprune/rules.py (PathNetwork.support_report(model) lists every operator)"
-            ) from error
+            raise self._refusal(node, error) from error
+
+    def _leaving(self, node: fx.Node) -> int:
+        try:
+            return self.flow(node)
+        except RuleError as error:
+            raise self._refusal(node, error) from error
+
+    def _refusal(self, node: fx.Node, error: RuleError) -> UnsupportedModelError:
+        node = error.node or node
+        name = self.operator(node)
+        return UnsupportedModelError(
+            f"PathNetwork: operator aten.{name} in module {self.module_path(node)}: {error}; to support it, write "
+            f"a rule for '{name}' in pathprune/rules.py (PathNetwork.support_report(model) lists every operator)"
+        )
+
+    def _reads_shapes(self, node: fx.Node, name: str) -> bool:
+        """Whether an operator reads of flows only what shape and type they have; then its value is a constant."""
+        flows = [a for a in node.all_input_nodes if a in self._flows]
+        if name in _EMPTY:
+            self._literals[node] = zeros_like_value(node)
+        elif name in _FILLED or (name in _LIKE and node.args[_LIKE[name]] not in self._flows):
+            self._of_shapes[node] = self.constant(node, zero=flows)
+        if node not in self._literals and node not in self._of_shapes:
+            return False
+        self._reads_input[node] = any(self.reads_input(a) for a in node.all_input_nodes if a not in flows)
+        return True
 
     def _note_choices(self, k: int, node: fx.Node) -> None:
         """Numbers that other inputs of the model choose: paths take those of the example."""
@@ -176,9 +258,9 @@ class Tracer:
         """An in-place operator is read as a value: no other view of the memory it changes may be read afterwards."""
         if RULES.get(self.operator(node)) in (RULES["relu"], RULES["dropout"]):  # the identity on path flow
             return
-        now, memory = self._position[node], _memory(node.args[0])
+        now, memory = self._position[node], memory_of(node.args[0])
         for view, position in self._position.items():
-            is_older = position < now and view is not node.args[0] and _memory(view) is memory
+            is_older = position < now and view is not node.args[0] and memory_of(view) is memory
             if is_older and any(self._position[user] > now for user in view.users):
                 raise RuleError("changes a tensor in place while views of it are used later")
 
@@ -204,7 +286,7 @@ class Tracer:
         if not self.is_flow(value):
             raise RuleError("expects a value that depends on the model's input")
         index = self._flows[value]
-        if isinstance(index, Moment):
+        if isinstance(index, Marker):
             if value not in self._squares:
                 self._squares[value] = index.as_flow(self)
             return self._squares[value]
@@ -212,10 +294,10 @@ class Tracer:
             raise RuleError("a value with several parts is used as one")
         return index
 
-    def moment(self, value: Any) -> Moment | None:
-        """The size of a flow that ``value`` is, if it is one."""
+    def marker(self, value: Any) -> Marker | None:
+        """What ``value`` is of a flow, where it depends on the model's input and is none itself."""
         found = self._flows.get(value) if isinstance(value, fx.Node) else None
-        return found if isinstance(found, Moment) else None
+        return found if isinstance(found, Marker) else None
 
     def reads_input(self, value: Any) -> bool:
         """Whether a value depends on any input of the model, integers included."""
@@ -228,71 +310,132 @@ class Tracer:
 
     def weight(self, value: Any, prunable: bool = True) -> str:
         """The name of the parameter that ``value`` is; registers it with the network."""
-        name = self._names.get(value) if isinstance(value, fx.Node) else None
-        if name is None:
-            raise RuleError("the weight is computed by the model, not a parameter")
+        source = value
+        while isinstance(source, fx.Node) and source.op == "call_function" and self.operator(source) in _SAME_ORDER:
+            source = source.args[0]
+        name = self._names.get(source) if isinstance(source, fx.Node) else None
+        if name is None or self.shape(source) != self.shape(value):
+            is_parametrized = isinstance(source, fx.Node) and "parametrizations" in self.module_path(value)
+            hint = "; torch.nn.utils.parametrize.remove_parametrizations makes it one" if is_parametrized else ""
+            raise RuleError("the weight is computed by the model, not a parameter" + hint)
         self.net.add_weight(name, prunable=prunable)
         return name
 
-    def weight_or_transpose(self, value: Any) -> tuple[str, bool]:
-        """The parameter that ``value`` is, or is the transpose of."""
-        if isinstance(value, fx.Node) and value.op == "call_function" and len(self.shape(value)) == 2:
-            name, source = self.operator(value), value.args[0]
-            axes: Any = value.args[1:]
-            if name in ("t", "numpy_T", "mT"):
-                return self.weight(source), True
-            if name == "permute":
-                return self.weight(source), axes[0][0] % 2 == 1
-            if name in ("transpose", "swapaxes"):
-                return self.weight(source), axes[0] % 2 != axes[1] % 2
-        return self.weight(value), False
+    def matrix(self, value: Any, out: int) -> tuple[str, int, int]:
+        """The parameter that a matrix is, or is a part of.
 
-    def constant(self, value: Any, zero: fx.Node | None = None, through: Container[fx.Node] = ()) -> Expression:
+        Args:
+            out: the axis of ``value`` along which its result has its features, -1 or -2.
+
+        Returns:
+            the parameter's name, its axis of that kind, and where the part begins along it.
+        """
+        first = 0
+        while isinstance(value, fx.Node) and value.op == "call_function":
+            part = part_of(value)
+            if part is not None and part[1] == len(self.shape(value)) + out:
+                value, _, begin = part
+                first += begin
+            elif (exchanged := exchanges_last_axes(value)) is not None:
+                value, out = value.args[0], -3 - out if exchanged else out
+            elif self.operator(value) in IDENTITIES:
+                value = value.args[0]
+            else:
+                break
+        return self.weight(value), out, first
+
+    def constant(self, value: Any, zero: Container[fx.Node] = (), through: Container[fx.Node] = ()) -> Expression:
         """``value`` as a function of the model's tensors.
 
         Args:
-            zero: a flow that counts as zeros.
-            through: flows that are computed from it.
+            zero: flows that count as zeros.
+            through: flows that are computed from them.
         """
-        if value is zero and isinstance(value, fx.Node):
-            zeros = torch.zeros(self.shape(value))
-            return lambda tensors: zeros
         if not isinstance(value, fx.Node):
             number = torch.tensor(float(value), dtype=torch.float64)
             return lambda tensors: number
-        if value in self._names:
-            name = self._names[value]
-            self.net.add_tensor(name)
-            return lambda tensors: tensors[name]
-        if value in self._literals:
-            literal = self._literals[value]
-            return lambda tensors: literal
-        if value.op != "call_function" or (value in self._flows and value not in through):
-            raise RuleError(f"expects a constant, got {value.name}")
-        if _draws(value):
-            raise RuleError(f"a constant that is random ({self.operator(value)})")
-        flat = {a: self.constant(a, zero, through) for a in value.all_input_nodes}
-        changes = getattr(getattr(value.target, "_schema", None), "is_mutable", False)
+        leaves, steps = self._constant_steps(value, zero, through)
+        if value in leaves:
+            return leaves[value]
+        last_use = {a: n for n in steps for a in n.all_input_nodes}
 
         def evaluate(tensors: Tensors) -> Tensor:
-            def resolve(a: Any) -> Any:
-                if not isinstance(a, fx.Node):
-                    return a
-                found = flat[a](tensors)
-                return found.clone() if changes and isinstance(found, Tensor) else found  # the model's stays as it is
-
+            found: dict[fx.Node, Any] = {leaf: expression(tensors) for leaf, expression in leaves.items()}
             with torch.no_grad():
-                return value.target(  # type: ignore[operator]
-                    *fx.node.map_aggregate(value.args, resolve),
-                    **fx.node.map_aggregate(value.kwargs, resolve),
-                )
+                for n in steps:
+                    found[n] = evaluated(n, found)
+                    for a in n.all_input_nodes:
+                        if last_use[a] is n:
+                            found.pop(a, None)
+            return found[value]
 
         return evaluate
 
-    def replay(self, node: fx.Node) -> WireMap:
-        """The operator itself as a map of its flow arguments, in the order of ``node.all_input_nodes``."""
-        flows = [a for a in node.all_input_nodes if a in self._flows]
-        fixed = {a: self.constant(a) for a in node.all_input_nodes if a not in self._flows}
+    def _constant_steps(
+        self, value: fx.Node, zero: Container[fx.Node], through: Container[fx.Node]
+    ) -> tuple[dict[fx.Node, Expression], list[fx.Node]]:
+        """What a constant is computed from, and the operators that do, in the graph's order."""
+        leaves: dict[fx.Node, Expression] = {}
+        steps: set[fx.Node] = set()
+        asked = [value]
+        while asked:
+            n = asked.pop()
+            if n in steps or n in leaves:
+                continue
+            if n in zero:
+                leaves[n] = always(zeros_like_value(n))
+            elif n in self._names:
+                name = self._names[n]
+                self.net.add_tensor(name)
+                leaves[n] = tensor_of(name)
+            elif n in self._literals:
+                leaves[n] = always(self._literals[n])
+            elif n in self._of_shapes:
+                leaves[n] = self._of_shapes[n]
+            elif n.op != "call_function" or (n in self._flows and n not in through):
+                raise RuleError(f"expects a constant, got {n.name}")
+            elif _draws(n):
+                raise RuleError(f"a constant that is random ({self.operator(n)})")
+            else:
+                steps.add(n)
+                asked += n.all_input_nodes
+        return leaves, sorted(steps, key=self._position.__getitem__)
+
+    def detach(self, choice: fx.Node) -> None:
+        """Makes constants of what a choice is read from: what data would have it be is zero where it is computed.
+
+        These are the nearest products with weights before ``choice``. All that depends on nothing else is a constant
+        from here on, so that a choice, and what is made of it, are what the model has for equal inputs to it.
+        """
+        seen: set[fx.Node] = set()
+        asked = [x for x in choice.all_input_nodes if x in self._flows]
+        while asked:
+            n = asked.pop()
+            if n in seen:
+                continue
+            seen.add(n)
+            if self.operator(n) in PRODUCTS:
+                self._literals[n] = zeros_like_value(n)
+                self._reads_input[n] = False
+                continue
+            before = [x for x in n.all_input_nodes if x in self._flows]
+            if not before:
+                raise RuleError("a choice by the model's input itself")
+            asked += before
+        for n in self._position:
+            if n is choice:
+                break
+            if n in self._literals or (n in self._flows and n.op == "call_function" and self._is_left_behind(n)):
+                self._flows.pop(n, None)
+
+    def _is_left_behind(self, n: fx.Node) -> bool:
+        """Whether nothing that a value is computed from is a flow any more."""
+        return self.operator(n) != "embedding" and not any(a in self._flows for a in n.all_input_nodes)
+
+    def replay(self, node: fx.Node, of: Sequence[fx.Node] | None = None) -> WireMap:
+        """The operator itself as a map of some arguments: of its flows, in the order of ``node.all_input_nodes``."""
+        flows = [a for a in node.all_input_nodes if a in self._flows] if of is None else of
+        fixed = {a: self.constant(a) for a in node.all_input_nodes if a not in flows}
         tensors = self.net.tensors
 
         def apply(xs: Sequence[Tensor], power: float) -> Any:
@@ -325,39 +468,9 @@ class Tracer:
     def module_path(node: fx.Node) -> str:
         return module_path(node)
 
-    @staticmethod
-    def _bind(node: fx.Node) -> dict[str, Any]:
-        """Arguments by schema name, defaults filled in."""
-        schema = node.target._schema  # type: ignore[union-attr]
-        bound: dict[str, Any] = {}
-        for k, argument in enumerate(schema.arguments):
-            if k < len(node.args):
-                bound[argument.name] = node.args[k]
-            elif argument.name in node.kwargs:
-                bound[argument.name] = node.kwargs[argument.name]
-            else:
-                bound[argument.name] = argument.default_value
-        return bound
-
 
 def _located(node: Node, where: str) -> Node:
     return node if node.where else type(node)(**{**node.__dict__, "where": where})
-
-
-def _memory(node: Any) -> Any:
-    """The graph node whose memory ``node`` is, or is a view of."""
-    while isinstance(node, fx.Node) and node.op == "call_function" and node.args:
-        if node.target is python_operator.getitem:
-            source, part = cast("tuple[fx.Node, int]", node.args)
-            returns = getattr(getattr(source.target, "_schema", None), "returns", [])
-            is_view = returns and returns[part if len(returns) > 1 else 0].alias_info is not None
-        else:
-            returns = getattr(getattr(node.target, "_schema", None), "returns", [])
-            is_view = returns and returns[0].alias_info is not None
-        if not is_view:
-            break
-        node = node.args[0]
-    return node
 
 
 def _draws(node: fx.Node) -> bool:
