@@ -20,7 +20,7 @@ from .network import PathNetwork
 _OVERSHOOT = 1.03  # walks of a batch over the estimate, so that one batch is usually enough
 _LEAST_BATCH = 64
 _BATCH_BYTES = 256 << 20  # of a batch's steps, at most
-_PATIENCE = 64  # times the expected number of walks
+_PATIENCE = 64  # times the expected number of walks, or the least batch
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class WalkMasks(ABC):
 
         Args:
             targets: numbers of weights to take.
-            max_walks: None: 64 times the expected number.
+            max_walks: None: 64 times the expected number, 4,096 at least.
             trim: take exactly the target: the last walk loses what is over it.
 
         Raises:
@@ -127,7 +127,7 @@ class WalkMasks(ABC):
                 if not len(ahead_of_time):
                     if allowed is None and walks > 2 * _needed(expected, target):
                         self._check_reachable(target, marked, walks)
-                        allowed = math.ceil(_PATIENCE * _needed(expected, target))
+                        allowed = math.ceil(_PATIENCE * max(_needed(expected, target), _LEAST_BATCH))
                     if allowed is not None and walks >= allowed:
                         raise ValueError(self._out_of_patience(target, marked, walks))
                     size = self._batch(expected, target, marked, walks, rate)

@@ -48,7 +48,7 @@ class PHEW(Pruner):
         start: ``round_robin`` over input (output) units, as the published code, or ``uniform``, as the paper.
         keep_kernels: keep whole kernels between two channels, not single entries.
         trim: keep exactly the target; what the last walk loses may leave a dead end.
-        max_walks: give up after so many; None: 64 times the expected number.
+        max_walks: give up after so many; None: 64 times the expected number, 4,096 at least.
 
     Determinism: the same seed gives the same mask on any device, for any number of threads.
     """
