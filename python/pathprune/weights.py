@@ -394,7 +394,7 @@ class Weight:
         self._pack_below, self._pattern = 0, None
 
     def compact_when_sparse(self) -> None:
-        """Packs the values that are left once they are few, and again when half of the packed ones are gone."""
+        """Packs the values that are left once they are few, and again when a quarter of the packed ones is gone."""
         if self._pack_below == 0 or self.mask is None or self._cut is not None or self._effective is not None:
             return
         if self._pattern is not None:
@@ -404,7 +404,7 @@ class Weight:
             return
         values, row_start = ops.compact_weight(self._stored(), self.mask, **self._packing())  # type: ignore[arg-type]
         self.packed = (values, self.mask.clone(), row_start)
-        self._pack_below = live // 2
+        self._pack_below = live * 3 // 4
 
 
 def weights_of(
