@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import walk_oracle
 from pathprune import PathNetwork, models
 from pathprune.ops import WeightMap
+from pathprune.walk_graph import walk_graph
 from pathprune.walk_masks import Marked
 from pathprune.walks import WalkRule, Walks
 
@@ -481,3 +482,13 @@ def test_random_graphs(data):
     for number in range(12):
         wanted = sorted(walks.offsets[name] + flat for name, flat in walk_oracle.walk(walks, number))
         assert sorted(place for place in batch[number].tolist() if place >= 0) == wanted
+
+
+def test_the_graph_is_read_once_until_the_network_grows():
+    net = PathNetwork()
+    first = net.add_synapse(net.add_input(1, 4), torch.ones(3, 4), "a")
+    net.set_outputs(first)
+    read = walk_graph(net)
+    assert walk_graph(net) is read
+    net.set_outputs(net.add_synapse(first, torch.ones(2, 3), "b"))
+    assert [site.weight for site in walk_graph(net).sites.values()] == ["a", "b"]

@@ -82,6 +82,53 @@ bool fill_unit(const WalkMatrix& m, const WalkRule& rule, const void* values, in
   return cdf.fill(made);
 }
 
+// Words 0 and 1 of the philox block of each walk of a batch at a step, as 64 bits whose lower half
+// is 0: what walk_word gives.
+PP_INLINE void walk_words(uint64_t seed, int64_t step, const int64_t (&walk)[kWalkBatch],
+                          uint64_t (&first)[kWalkBatch], uint64_t (&second)[kWalkBatch]) {
+#if PP_AVX512
+  // Words lie in the lower halves of 64-bit lanes; the upper ones are never looked at.
+  const auto of_all = [](uint64_t word) { return _mm512_set1_epi64(static_cast<int64_t>(word)); };
+  const __m512i by0 = of_all(kPhiloxMultiplier[0]), by1 = of_all(kPhiloxMultiplier[1]);
+  constexpr int kXor = 0x96;
+  __m512i w[kWalkBatch / 8][4];
+#pragma GCC unroll 8
+  for (int v = 0; v < kWalkBatch / 8; ++v) {
+    w[v][0] = _mm512_loadu_si512(walk + 8 * v);
+    w[v][1] = _mm512_srli_epi64(w[v][0], 32);
+    w[v][2] = of_all(static_cast<uint64_t>(step));
+    w[v][3] = of_all(static_cast<uint64_t>(step) >> 32);
+  }
+  uint32_t key[2] = {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)};
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    const __m512i key0 = of_all(key[0]), key1 = of_all(key[1]);
+#pragma GCC unroll 8
+    for (int v = 0; v < kWalkBatch / 8; ++v) {
+      const __m512i product0 = _mm512_mul_epu32(w[v][0], by0);
+      const __m512i product1 = _mm512_mul_epu32(w[v][2], by1);
+      const __m512i high0 = _mm512_srli_epi64(product0, 32);
+      const __m512i high1 = _mm512_srli_epi64(product1, 32);
+      w[v][0] = _mm512_ternarylogic_epi64(high1, w[v][1], key0, kXor);
+      w[v][2] = _mm512_ternarylogic_epi64(high0, w[v][3], key1, kXor);
+      w[v][1] = product1;
+      w[v][3] = product0;
+    }
+    key[0] += kPhiloxWeyl[0];
+    key[1] += kPhiloxWeyl[1];
+  }
+#pragma GCC unroll 8
+  for (int v = 0; v < kWalkBatch / 8; ++v) {
+    _mm512_storeu_si512(first + 8 * v, _mm512_slli_epi64(w[v][0], 32));
+    _mm512_storeu_si512(second + 8 * v, _mm512_slli_epi64(w[v][1], 32));
+  }
+#else
+  for (int k = 0; k < kWalkBatch; ++k) {
+    first[k] = walk_word(seed, walk[k], step, WalkWord::kUnit);
+    second[k] = walk_word(seed, walk[k], step, WalkWord::kEntry);
+  }
+#endif
+}
+
 // Up to a batch of walkers and what they draw from a CDF.
 struct Drawn {
   int64_t found[kWalkBatch];

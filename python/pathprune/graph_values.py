@@ -87,10 +87,12 @@ def evaluated(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
 
 
 def always(value: Tensor) -> Expression:
+    """The expression of a constant."""
     return lambda tensors: value
 
 
 def tensor_of(name: str) -> Expression:
+    """The expression of one of the model's tensors."""
     return lambda tensors: tensors[name]
 
 

@@ -144,8 +144,8 @@ def cuda_times(rows: int, columns: int, density: float, batch: int, dtype: torch
 
     "auto", the kernels by entries, for few rows of x or thin masks; "tiles" from there to some 130 rows (16-bit
     numbers) or 60 (float32); "dense", cuBLAS on a weight with its zeros written out, beyond. float64 has "auto" and
-    "dense" alone. Launches are not counted, so for layers of less than some hundred
-    thousand weights, where they are what counts, the choice means little.
+    "dense" alone. Launches are not counted, so for layers of less than some hundred thousand weights, where they are
+    what counts, the choice means little.
     """
     cost = _CUDA[2 if dtype.itemsize == 2 else 4]
     # A tile that hangs over the edge of the weight takes as long as a whole one.
