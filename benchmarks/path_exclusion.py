@@ -7,7 +7,8 @@ images of ones), all scores concatenated for ``kthvalue``. It computes another s
 data factor without a graph, one backward row, three copies made once, flows divided by their maximum between blocks
 so that float32 does (autograd would overflow).
 
-Rounds 1, 25, 50, 75 and 100 are measured, each from the masks that the schedule has there.
+Rounds 1, 25, 50, 75 and 100 are measured, each from the masks that the schedule has there (ours behind two others,
+which are not measured: a schedule knows how its threshold moves).
 
 python benchmarks/path_exclusion.py    how far PX agrees with what knows no data, on scikit-learn's digits
 """
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -229,18 +230,23 @@ class OurPX:
         self.quick = merge_equal_positions(self.network)
         self.pruner = pp.PX([x])
 
-    def at(self, masks: Masks, density: float) -> Callable[[], dict[str, Tensor]]:
+    def at(self, masks: Masks, plan: Sequence[float]) -> tuple[dict[str, Tensor], Callable[[], dict[str, Tensor]]]:
+        """The masks before the last of the planned rounds, and that round."""
         names = self.network.select()
         weights = weights_of(self.quick, names, self.pruner.maps, masks=masks, compact=0.25)
         selection = Selection(weights, names, Scope.of("global"))
         scorer = self.pruner.scorer(self.quick, weights, 0)
 
+        rounds = run(scorer, selection, [(d, None) for d in plan], lambda d: dict.fromkeys(names, d), lambda _: None)
+        for _ in plan[1:]:
+            next(rounds)
+        before = {name: weights[name].bits() for name in names}
+
         def step() -> dict[str, Tensor]:
-            share = dict.fromkeys(names, density)
-            list(run(scorer, selection, [(density, None)], lambda _: share, lambda _: None))
+            next(rounds)
             return {name: weights[name].bits() for name in names}
 
-        return step
+        return before, step
 
 
 def rounds(key: str, bandwidth: float, images: int = 100, density: float = 0.018, repeats: int = 2) -> Result:
@@ -250,15 +256,19 @@ def rounds(key: str, bandwidth: float, images: int = 100, density: float = 0.018
     model, x = setting.make().eval(), torch.randn(images, 3, 32, 32)
     ours, plain = OurPX(model, x), PlainPX(model, x)
     targets = [density ** (r / 100) for r in range(101)]
-    stops = [targets[r - 1] for r in ROUNDS if r > 1]
+    # from masks that the schedule has two rounds earlier: thresholds are guessed from the rounds before
+    stops = [targets[r - 3] for r in ROUNDS if r > 1]
     found = pp.prune(ours.network, pp.PX([x[:20]], rounds=20), density=stops, progress=False)
     full = {name: torch.ones_like(p, dtype=torch.bool) for name, p in prunable(model).items()}
-    starts = [(full, targets[1]), *((dict(m), targets[r]) for m, r in zip(found, ROUNDS[1:], strict=True))]
+    begun = [full, *(dict(m) for m in found)]
+    plans = [targets[1:2], *(targets[r - 2 : r + 1] for r in ROUNDS if r > 1)]
+    starts = [(ours.at(m, plan)[0], plan[-1]) for m, plan in zip(begun, plans, strict=True)]
 
     def verify() -> str:
         differing = total = 0
-        for masks, goal in starts[::2]:
-            mine, other = ours.at(masks, goal)(), plain.round(masks, goal)
+        for m, plan in list(zip(begun, plans, strict=True))[::2]:
+            masks, step = ours.at(m, plan)
+            mine, other = step(), plain.round(masks, plan[-1])
             differing += sum(int((mine[name] != other[name]).sum()) for name in mine)
             total += sum(mask.numel() for mask in mine.values())
         if differing > 2e-5 * total + 20:
@@ -266,7 +276,7 @@ def rounds(key: str, bandwidth: float, images: int = 100, density: float = 0.018
         return f"masks after three of the rounds compared with plain PyTorch: {differing} of {total} bits differ"
 
     case = Case(f"PX, {images} images, rounds {', '.join(map(str, ROUNDS))} of 100, {setting.name}", verify)
-    setup = lambda: [ours.at(masks, goal) for masks, goal in starts]  # noqa: E731
+    setup = lambda: [ours.at(m, plan)[1] for m, plan in zip(begun, plans, strict=True)]  # noqa: E731
     case.add("pathprune", lambda steps: [step() for step in steps], setup=setup)
     case.add("published loop", lambda: [published_round(model, x, masks, goal) for masks, goal in starts])
     case.add("best PyTorch", lambda: [plain.round(masks, goal) for masks, goal in starts])

@@ -26,7 +26,7 @@ find_package(CUDAToolkit REQUIRED)
 file(GLOB cuda_sources CONFIGURE_DEPENDS csrc/ops/*.cu)
 add_library(pathprune_cuda MODULE csrc/library_cuda.cpp csrc/library_cuda_sparse.cpp
             csrc/library_cuda_walk.cpp csrc/glue/arguments.cpp csrc/glue/pattern.cpp
-            csrc/glue/shifted_arguments.cpp csrc/glue/walk_arguments.cpp ${cuda_sources})
+            csrc/glue/walk_arguments.cpp ${cuda_sources})
 target_compile_definitions(pathprune_cuda PRIVATE USE_CUDA)
 target_compile_options(pathprune_cuda
                        PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr>)

@@ -30,5 +30,5 @@ STABLE_TORCH_LIBRARY_IMPL(pathprune, CPU, m) {
   m.impl("sparse_sample", TORCH_BOX(&pathprune::sparse_sample));
   m.impl("sparse_gather", TORCH_BOX(&pathprune::sparse_gather));
   m.impl("sparse_scatter", TORCH_BOX(&pathprune::sparse_scatter));
-  m.impl("shifted_matmul", TORCH_BOX(&pathprune::shifted_matmul));
+  m.impl("thin_convolution", TORCH_BOX(&pathprune::thin_convolution));
 }

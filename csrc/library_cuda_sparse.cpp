@@ -6,8 +6,6 @@
 
 #include "glue/cuda.h"
 #include "glue/pattern.h"
-#include "glue/shifted_arguments.h"
-#include "ops/shifted_cuda.h"
 #include "ops/sparse_cuda.h"
 #include "ops/tiled_cuda.h"
 
@@ -263,19 +261,6 @@ Tensor tiled_sample(const Tensor& x, const Tensor& g, const Tensor& layout,
   return sums;
 }
 
-Tensor shifted_matmul(const Tensor& w, const Tensor& shift, const Tensor& x, int64_t length) {
-  const char* op = "shifted_matmul";
-  const OnDevice device(x);
-  const ShiftedArguments p(op, w, shift, x, length);
-  const auto type = x.scalar_type();
-  const Tensor y = new_tensor(x, {p.rows, length}, type);
-  check(op, multiply_shifted(type == ScalarType::Double, p.w.const_data_ptr(),
-                             static_cast<const int64_t*>(p.shift.const_data_ptr()), p.rows,
-                             p.columns, p.x.const_data_ptr(), x.size(0), length,
-                             y.mutable_data_ptr(), device.stream()));
-  return y;
-}
-
 }  // namespace
 }  // namespace pathprune::cuda
 
@@ -286,5 +271,4 @@ STABLE_TORCH_LIBRARY_IMPL(pathprune, CUDA, m) {
   m.impl("sparse_scatter", TORCH_BOX(&pathprune::cuda::sparse_scatter));
   m.impl("tiled_matmul", TORCH_BOX(&pathprune::cuda::tiled_matmul));
   m.impl("tiled_sample", TORCH_BOX(&pathprune::cuda::tiled_sample));
-  m.impl("shifted_matmul", TORCH_BOX(&pathprune::cuda::shifted_matmul));
 }

@@ -1,4 +1,4 @@
-"""Products with shifts of one row, and the convolutions made of them, against torch's own."""
+"""Convolutions that skip zeros against torch's own."""
 
 from __future__ import annotations
 
@@ -7,62 +7,85 @@ import torch
 from torch import Tensor
 
 from pathprune import pruned_convolution as room
-from pathprune import sparse, sparse_reference
-from pathprune.pruned_convolution import counting_convolution, pruned_convolution, thin_convolution
-from pathprune.sparse_ops import shifted_matmul
+from pathprune import sparse
+from pathprune.pruned_convolution import counting_convolution, pruned_convolution
+from pathprune.sparse_ops import thin_convolution
 
-
-def sample(rows: int, columns: int, length: int, numbers: int, density: float, dtype: torch.dtype, seed: int = 0):
-    generator = torch.Generator().manual_seed(seed)
-    w = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
-    w = (w * (torch.rand(rows, columns, generator=generator) < density)).to(dtype)
-    shift = torch.randint(0, numbers - length + 1, (columns,), generator=generator)
-    return w, shift, torch.randn(numbers, generator=generator, dtype=torch.float64).to(dtype)
-
-
-# A tile is 128 positions at most; 64 rows share one; what is left is done in sixteens, then one by one.
+# images, channels, size, filters, kernel, padding, dilation. A tile is 128 positions at most; images share their
+# padding and lie in chunks of 512 KiB; large ones are cut into bands of rows.
 SHAPES = [
-    *((1, 1, 1, 1), (3, 5, 16, 40), (65, 9, 128, 200), (7, 33, 129, 400), (2, 100, 1000, 1000)),
-    *((4, 3, 255, 300), (5, 64, 15, 15), (0, 4, 8, 9), (4, 0, 8, 9), (4, 3, 0, 9)),
+    *((1, 1, (1, 1), 1, (1, 1), (0, 0), (1, 1)), (3, 5, (9, 10), 7, (3, 3), (1, 1), (1, 1))),
+    *((2, 3, (12, 12), 4, (3, 3), (2, 2), (2, 2)), (4, 2, (3, 3), 3, (3, 3), (0, 0), (1, 1))),
+    *((2, 3, (7, 9), 5, (2, 4), (1, 2), (3, 1)), (2, 3, (4, 6), 2, (3, 3), (5, 6), (1, 1))),
+    *((70, 64, (8, 8), 65, (3, 3), (1, 1), (1, 1)), (1, 40, (90, 70), 9, (5, 5), (2, 2), (1, 1))),
+    *((33, 300, (2, 2), 6, (3, 3), (1, 1), (1, 1)), (3, 4, (1, 30), 6, (1, 7), (0, 3), (1, 1))),
+    (0, 3, (5, 5), 2, (3, 3), (1, 1), (1, 1)),
 ]
+
+
+def sample(shape: tuple, density: float, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    images, channels, size, filters, kernel, *_ = shape
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(images, channels, *size, generator=generator, dtype=torch.float64)
+    w = torch.randn(filters, channels, *kernel, generator=generator, dtype=torch.float64)
+    w *= torch.rand(w.shape, generator=generator) < density
+    w[1:3] *= torch.rand(w[0].shape, generator=generator) < 0.2  # beside rows of other densities
+    return x.to(dtype), w.to(dtype), torch.randn(filters, generator=generator, dtype=torch.float64).to(dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_products(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> None:
-    for density in (0.0, 0.3, 1.0):
-        w, shift, x = (t.to(device) for t in sample(*shape, density, dtype))
-        got = shifted_matmul(w, shift, x, shape[2])
-        exact = sparse_reference.shifted_matmul(w.double(), shift, x.double(), shape[2])
-        scale = sparse_reference.shifted_matmul(w.double().abs(), shift, x.double().abs(), shape[2])
-        assert got.dtype == dtype and got.shape == exact.shape
-        assert bool(((got - exact).abs() <= 2 * shape[1] * torch.finfo(dtype).eps * scale + 1e-300).all())
+def test_thin_convolutions(shape: tuple, dtype: torch.dtype, device: torch.device) -> None:
+    """To the rounding of as many sums as there are products, at every density, with and without a bias."""
+    padding, dilation = shape[5:]
+    for density in (0.0, 0.05, 0.4, 1.0):
+        x, w, bias = (t.to(device) for t in sample(shape, density, dtype))
+        for b in (None, bias):
+            got = thin_convolution(x, w, b, padding, dilation)
+            exact = torch.conv2d(x.double(), w.double(), None if b is None else b.double(), 1, padding, dilation)
+            scale = torch.conv2d(x.double().abs(), w.double().abs(), bias.double().abs(), 1, padding, dilation)
+            bound = 2 * (w[0].numel() + 1) * torch.finfo(dtype).eps * scale
+            assert got.dtype == dtype and got.shape == exact.shape and got.is_contiguous()
+            assert bool(((got - exact).abs() <= bound).all())
 
 
-def test_zeros_are_skipped_and_threads_agree() -> None:
-    """What only zeros would multiply is not read: it may be NaN. The same bits on any number of threads."""
-    w, shift, x = sample(70, 20, 1000, 1200, 0.4, torch.float32)
-    w[:, 3] = 0
-    x[shift[3] + 5] = torch.nan
-    w[:, (shift - shift[3]).abs() < 1000] = 0
-    w[:, 3] = 0
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_counting_takes_the_fuller_rows_from_the_whole(shape: tuple, device: torch.device) -> None:
+    padding, dilation = shape[5:]
+    for density in (0.0, 0.3, 0.7, 1.0):
+        x, w, _ = (t.to(device) for t in sample(shape, density, torch.float64))
+        x, w = x.abs(), (w != 0).double()
+        got = thin_convolution(x, w, None, padding, dilation, counting=True)
+        torch.testing.assert_close(got, torch.conv2d(x, w, None, 1, padding, dilation), rtol=1e-12, atol=1e-12)
+
+
+def test_threads_agree_to_the_bit() -> None:
+    x, w, bias = sample(SHAPES[6], 0.4, torch.float32)
     threads = torch.get_num_threads()
     try:
         results = []
         for count in (1, 2, 7):
             torch.set_num_threads(count)
-            results.append(shifted_matmul(w, shift, x, 1000))
+            results.append(thin_convolution(x, w, bias, (1, 1)))
     finally:
         torch.set_num_threads(threads)
-    assert bool(torch.isfinite(results[0]).all())
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
-def test_gradients_and_opcheck() -> None:
-    w, shift, x = sample(3, 4, 7, 12, 0.6, torch.float64)
-    leaves = (w.requires_grad_(), x.requires_grad_())
-    assert torch.autograd.gradcheck(lambda w, x: shifted_matmul(w, shift, x, 7), leaves)
-    torch.library.opcheck(torch.ops.pathprune.shifted_matmul.default, (w, shift, x, 7))
+@pytest.mark.parametrize("shape", SHAPES[1:6], ids=str)
+def test_gradients_and_opcheck(shape: tuple) -> None:
+    """Also with more padding than the kernel reaches; through strided images and kernels."""
+    padding, dilation = shape[5:]
+    x, w, bias = sample(shape, 0.5, torch.float64)
+    leaves = tuple(t.requires_grad_() for t in (x, w, bias))
+    assert torch.autograd.gradcheck(lambda *t: thin_convolution(*t, padding, dilation), leaves)
+    assert torch.autograd.gradgradcheck(lambda x, w: thin_convolution(x, w, None, padding, dilation), leaves[:2])
+    only = thin_convolution(x.detach(), w.detach(), bias, padding, dilation)
+    torch.testing.assert_close(torch.autograd.grad(only.sum(), bias)[0], torch.full_like(bias, only[:, 0].numel()))
+    turned = thin_convolution(x.mT.contiguous().mT, w.flip(0).flip(0), bias, padding, dilation)
+    torch.testing.assert_close(turned, torch.conv2d(x, w, bias, 1, padding, dilation))
+    op = torch.ops.pathprune.thin_convolution.default
+    torch.library.opcheck(op, (x, w, bias, *padding, *dilation, False))
     images = torch.randn(2, 3, 5, 5)
     arguments = (images, torch.randn(4, 3, 3, 3), None, [1, 1], [1, 1], [1, 1], 1)
     torch.library.opcheck(
@@ -71,19 +94,21 @@ def test_gradients_and_opcheck() -> None:
 
 
 def test_bad_arguments() -> None:
-    w, shift, x = sample(3, 4, 7, 12, 0.6, torch.float32)
-    with pytest.raises(ValueError, match=r"shifted_matmul: shift: wanted 0 to 5 \(x less length\), got"):
-        shifted_matmul(w, shift + 6, x, 7)
-    with pytest.raises(ValueError, match="shifted_matmul: shift"):
-        shifted_matmul(w, shift - 12, x, 7)
-    with pytest.raises((ValueError, TypeError), match="shifted_matmul: w"):
-        shifted_matmul(w.double(), shift, x, 7)
-    with pytest.raises((ValueError, TypeError), match="shifted_matmul: w"):
-        shifted_matmul(w[0], shift, x, 7)
-    with pytest.raises((ValueError, TypeError), match="shifted_matmul: x"):
-        shifted_matmul(w, shift, x[None], 7)
-    with pytest.raises((ValueError, TypeError), match="shifted_matmul: shift"):
-        shifted_matmul(w, shift.int(), x, 7)
+    x, w, bias = sample(SHAPES[1], 0.5, torch.float32)
+    for name, *given in (
+        ("x", x[0], w, bias, (1, 1)),
+        ("x", x.half(), w.half(), bias.half(), (1, 1)),
+        ("w", x, w[0], bias, (1, 1)),
+        ("w", x, w.double(), bias, (1, 1)),
+        ("w", x, w[:, :2], bias, (1, 1)),
+        ("w", x, w[:, :, :0], bias, (1, 1)),
+        ("bias", x, w, bias[:2], (1, 1)),
+        ("padding_x", x, w, bias, (1, -1)),
+        ("dilation_y", x, w, bias, (1, 1), (0, 1)),
+        ("x", x[:, :, :2], w, bias, (0, 0)),
+    ):
+        with pytest.raises(ValueError, match=f"thin_convolution: {name}: wanted"):
+            thin_convolution(*given)
 
 
 GEOMETRIES = [  # images, channels, size, filters, kernel, stride, padding, dilation, groups
@@ -98,7 +123,7 @@ GEOMETRIES = [  # images, channels, size, filters, kernel, stride, padding, dila
 def everything_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if no product were too small, and skipping zeros always worth it."""
     monkeypatch.setattr(room, "_SMALL", 0)
-    monkeypatch.setattr(room, "_few", lambda x, w, stride: 2.0 if w.dim() == 4 else 0.0)
+    monkeypatch.setattr(room, "_few", lambda x, shape, stride: 2.0 if len(shape) == 4 and set(stride) == {1} else 0.0)
 
 
 def drawn(geometry: tuple, density: float, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -161,16 +186,6 @@ def test_dead_channels_and_thin_weights_as_they_are_chosen() -> None:
     w1[10:] = 0
     got = pruned_convolution(one, w1, None, (1,), (1,), (1,))
     torch.testing.assert_close(got, torch.conv1d(one, w1, None, 1, 1), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("geometry", [g for g in GEOMETRIES if g[5] == (1, 1) and g[8] == 1], ids=str)
-def test_gradients_of_thin_convolutions(geometry: tuple) -> None:
-    x, w, _ = drawn(geometry, 0.3)
-    padding, dilation = geometry[6:8]
-    leaves = (x.requires_grad_(), w.requires_grad_())
-    assert torch.autograd.gradcheck(lambda x, w: thin_convolution(x, w, padding, dilation), leaves)
-    wide = (5, 6)  # more padding than the kernel reaches
-    assert torch.autograd.gradcheck(lambda x, w: thin_convolution(x, w, wide, dilation), leaves)
 
 
 @pytest.mark.parametrize("padding_mode", ["zeros", "reflect"])

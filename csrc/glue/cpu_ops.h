@@ -99,6 +99,8 @@ Tensor sparse_gather(const Tensor& dense, const Tensor& layout, const Tensor& ro
 Tensor sparse_scatter(const Tensor& values, const Tensor& layout, const Tensor& row_start,
                       const Tensor& index, int64_t columns);
 
-Tensor shifted_matmul(const Tensor& w, const Tensor& shift, const Tensor& x, int64_t length);
+Tensor thin_convolution(const Tensor& x, const Tensor& w, const OptionalTensor& bias,
+                        int64_t padding_y, int64_t padding_x, int64_t dilation_y,
+                        int64_t dilation_x, bool counting);
 
 }  // namespace pathprune

@@ -19,6 +19,7 @@ STRETCH = 64  # columns whose entries `tile_start` tells the beginning of
 WEIGHT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _FLOATS = "float32, float64, bfloat16 or float16"
 _LEAST = {"columns": 0, "capacity": 0, "stride": 1, "n": 0, "offset": 0}
+_LEAST |= {"padding_y": 0, "padding_x": 0, "dilation_y": 1, "dilation_x": 1}
 
 Given = ParamSpec("Given")
 Returned = TypeVar("Returned")
@@ -64,6 +65,9 @@ def check_arguments(op: str, given: Mapping[str, Any]) -> None:
         return
     if op.startswith("tiled_"):
         _check_tiled(op, given)
+        return
+    if op == "thin_convolution":
+        _check_thin(op, given)
         return
     if "weight" in given:
         groups, rows, columns = _check_weight(op, given)
@@ -265,3 +269,18 @@ def _check_sparse_values(
     elif values.dim() != 1 or values.shape[0] < stored or values.device != given["layout"].device:
         refuse(op, name, f"1 dimension of at least {stored} on {given['layout'].device}", values)
     return accumulate_dtype(values.dtype)
+
+
+def _check_thin(op: str, given: Mapping[str, Any]) -> None:
+    """Images and kernels that a convolution with stride 1 has outputs for."""
+    x, w = given["x"], given["w"]
+    if x.dim() != 4 or x.dtype not in (torch.float32, torch.float64):
+        refuse(op, "x", "float32 or float64 [N, C, H, W]", x)
+    if w.dim() != 4 or w.numel() == 0:
+        refuse(op, "w", "[O, C, height, width], none of them 0", w)
+    _check_tensor(op, "w", w, x.dtype, (w.shape[0], x.shape[1], *w.shape[2:]), x.device)
+    if given["bias"] is not None:
+        _check_tensor(op, "bias", given["bias"], x.dtype, w.shape[:1], x.device)
+    for size, k, axis in zip(x.shape[2:], w.shape[2:], "yx", strict=True):
+        if size + 2 * given[f"padding_{axis}"] <= given[f"dilation_{axis}"] * (k - 1):
+            refuse(op, "x", "images no smaller than the kernel", x)

@@ -270,12 +270,8 @@ class PathFlow(ScaledArithmetic):
         return self._relays[k]
 
     def _forward_sum(self, k: int, node: kinds.Sum, entering: list[Scaled]) -> Scaled:
-        tensors, exponent = self._aligned(entering)
-        total = tensors[0]
-        for tensor in tensors[1:]:
-            total = total + tensor
-        self._saved[k] = [tensor.shape for tensor in tensors]
-        return Scaled(total, exponent)
+        self._saved[k] = [flow.tensor.shape for flow in entering]
+        return self._added(entering)
 
     def _forward_product(self, k: int, node: kinds.Product, entering: list[Scaled]) -> Scaled:
         left, right = entering
@@ -290,13 +286,15 @@ class PathFlow(ScaledArithmetic):
 
     def _forward_synapse(self, k: int, node: Synapse, entering: list[Scaled]) -> Scaled:
         x, weight = entering[0], self.weights[node.weight]
+        saved: Any = x
         if node.form.startswith("conv"):
             result = self._convolved(x.tensor, weight.effective(), node)
-            self._saved[k] = x
         else:
             rows, merged = self._rows(x.tensor, node)
             result = self._unrowed(weight.forward_rows(rows, _turned(node, weight)), merged, x.tensor, node)
-            self._saved[k] = (Scaled(rows, x.exponent), merged, x.tensor.shape)
+            saved = (Scaled(rows, x.exponent), merged, x.tensor.shape)
+        if k in self._carries or self.keep_flows:
+            self._saved[k] = saved
         return self._normalised(result, x.exponent)
 
     # -------------------------------------------------------------------------------------- rows and patches

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .flow import PathFlow, largest_magnitude
 from .network import PathNetwork
-from .nodes import Expression, Gate, Node, Norm, Pool, Product, Synapse, geometry_of, parts_of
+from .nodes import Expression, Gate, Node, Norm, Pool, Product, Sum, Synapse, geometry_of, parts_of
 from .ops import WeightMap
 from .policy import Policy
 from .pruned_convolution import counting_convolution, pruned_convolution
@@ -95,7 +95,7 @@ class GatedFlow(PathFlow):
         gate = gate[None].to(self.dtype)
         return gate if self.signed or self.recording.is_paired else gate.square()
 
-    def _passed(self, k: int, node: Node, flow: Scaled) -> Scaled:
+    def _passed(self, k: int, node: Node, flow: Scaled, in_place: bool = False) -> Scaled:
         """What a gate lets through of a flow [1, N, *shape]."""
         assert isinstance(node, Gate)
         if not node.bends:
@@ -105,7 +105,9 @@ class GatedFlow(PathFlow):
             return flow
         if node.name == "relu":
             gate = gate[None].to(flow.tensor.dtype)
-            return Scaled(torch.ops.aten.threshold_backward(flow.tensor, gate, 0), flow.exponent)
+            out = flow.tensor if in_place else torch.empty_like(flow.tensor)
+            torch.ops.aten.threshold_backward.grad_input(flow.tensor, gate, 0, grad_input=out)
+            return Scaled(out, flow.exponent)
         return Scaled(flow.tensor * self._factor(gate), flow.exponent)
 
     @staticmethod
@@ -115,7 +117,15 @@ class GatedFlow(PathFlow):
         return Scaled((parts - parts.mean(dims, keepdim=True)).reshape(flow.tensor.shape), flow.exponent)
 
     def _forward_gate(self, k: int, node: Gate, entering: list[Scaled]) -> Scaled:
-        return self._passed(k, node, entering[0])
+        return self._passed(k, node, entering[0], self._is_last_of(node.inputs[0]))
+
+    def _is_last_of(self, maker: int) -> bool:
+        """Whether no one else reads what a node made: it may be written over, as a batch is large."""
+        made = self.network.nodes[maker]
+        is_new = isinstance(made, Synapse) or (isinstance(made, Sum) and len(made.inputs) > 1)
+        if not is_new or self.scored or self.keep_flows or maker in self.network.outputs:
+            return False
+        return sum(node.inputs.count(maker) for node in self.network.nodes) == 1
 
     def _backward_gate(self, k: int, node: Node, g: Scaled, guess: Bracket | None) -> list[Scaled]:
         return [self._passed(k, node, g)]

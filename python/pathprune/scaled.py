@@ -82,7 +82,7 @@ class ScaledArithmetic:
     @property
     def _is_one(self) -> bool:
         """Whether exponents are single numbers at hand: small operators on tensors take longer than small flows do."""
-        return not self.batched and self.device.type == "cpu"
+        return self.members == 1 and self.device.type == "cpu"
 
     def _raised(self, tensor: Tensor, exponent: Tensor) -> Tensor:
         """``tensor * 2^exponent``, exactly."""
@@ -92,13 +92,24 @@ class ScaledArithmetic:
 
     def _shifted(self, flow: Scaled, exponent: Tensor) -> Tensor:
         """The flow's tensor at another (not smaller) exponent."""
-        return flow.tensor if flow.exponent is exponent else self._raised(flow.tensor, flow.exponent - exponent)
+        if flow.exponent is exponent or (self._is_one and int(flow.exponent) == int(exponent)):
+            return flow.tensor
+        return self._raised(flow.tensor, flow.exponent - exponent)
 
     def _aligned(self, flows: Sequence[Scaled]) -> tuple[list[Tensor], Tensor]:
         if len(flows) == 1:
             return [flows[0].tensor], flows[0].exponent
         top = reduce(torch.maximum, [flow.exponent for flow in flows])
         return [self._shifted(flow, top) for flow in flows], top
+
+    def _added(self, flows: Sequence[Scaled]) -> Scaled:
+        """Their sum, at the largest exponent."""
+        if self._is_one and len(flows) == 2:  # in one pass: a product with a power of two is exact
+            low, high = sorted(flows, key=lambda flow: int(flow.exponent))
+            factor = math.ldexp(1.0, clamped(int(low.exponent) - int(high.exponent), self.dtype))
+            return Scaled(torch.add(high.tensor, low.tensor, alpha=factor), high.exponent)
+        tensors, exponent = self._aligned(flows)
+        return Scaled(reduce(torch.add, tensors), exponent)
 
     def _normalised(self, tensor: Tensor, exponent: Tensor) -> Scaled:
         """The same numbers with a maximum in [1/2, 1); a flow of zeros never sets the exponent of a sum."""

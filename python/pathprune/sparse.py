@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from .checks import accumulate_dtype, refuse
 from .masked import PackedMask, expected_speedup, masked_matmul, pack_mask, unpack_layout
 from .masks import Masks
-from .pruned_convolution import expected_gain, pays_to_shift, thin_convolution
-from .sparse_ops import KERNELS, Pattern, sparse_matmul
+from .pruned_convolution import expected_gain, is_thin
+from .sparse_ops import KERNELS, Pattern, sparse_matmul, thin_convolution
 from .tables import percent, table
 
 __all__ = [
@@ -170,8 +170,7 @@ class SparseConv2d(_Sparse):
         batched = x if x.dim() == 4 else x[None]
         if self._shifts(batched):
             (right, _, below, _) = dense._reversed_padding_repeated_twice
-            y = thin_convolution(batched, self.dense_weight(), (below, right), dense.dilation)
-            y = y if self.bias is None else y + self.bias[:, None, None]
+            y = thin_convolution(batched, self.dense_weight(), self.bias, (below, right), dense.dilation)
             return y if x.dim() == 4 else y[0]
         kernel: Sequence[int] = self._shape[2:]
         mode = "constant" if dense.padding_mode == "zeros" else dense.padding_mode
@@ -196,7 +195,7 @@ class SparseConv2d(_Sparse):
     def _shifts(self, x: Tensor) -> bool:
         """Whether zeros are skipped without writing patches out."""
         plain = _is_plain(self._dense[0]) and x.dtype == self.weight.dtype and not torch.is_autocast_enabled("cpu")
-        return plain and pays_to_shift(x, self._shape[2:], self.density)
+        return plain and is_thin(x, self._shape, self.density)
 
     def _takes_dense(self, positions: int) -> bool:
         mask = self.mask

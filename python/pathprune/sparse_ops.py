@@ -23,7 +23,7 @@ CUDA alone, for all but float64. There every sum is formed in an order that the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -39,12 +39,12 @@ __all__ = [
     "KERNELS",
     "Pattern",
     "Tiles",
-    "shifted_matmul",
     "sparse_gather",
     "sparse_index",
     "sparse_matmul",
     "sparse_sample",
     "sparse_scatter",
+    "thin_convolution",
     "tile_starts",
     "tiled_matmul",
     "tiled_sample",
@@ -65,7 +65,8 @@ SCHEMAS: dict[str, str] = {
     "sparse_scatter": f"(Tensor values, {_ROWS}, int columns) -> Tensor",
     "tiled_matmul": f"(Tensor weight, Tensor x, bool transposed, {_TILES}) -> Tensor",
     "tiled_sample": f"(Tensor x, Tensor g, {_TILES}) -> Tensor",
-    "shifted_matmul": "(Tensor w, Tensor shift, Tensor x, int length) -> Tensor",
+    "thin_convolution": "(Tensor x, Tensor w, Tensor? bias, int padding_y, int padding_x, int dilation_y,"
+    " int dilation_x, bool counting) -> Tensor",
 }
 
 for _name, _schema in SCHEMAS.items():
@@ -136,7 +137,9 @@ _FAKES: dict[str, Callable[..., Any]] = {
         (*x.shape[:2], columns if transposed else layout.shape[1])
     ),
     "tiled_sample": _fake_tiled_sample,
-    "shifted_matmul": lambda w, shift, x, length: x.new_empty((w.shape[0], length)),
+    "thin_convolution": lambda x, w, bias, py, px, dy, dx, counting: torch.convolution(
+        x, w, bias, (1, 1), (py, px), (dy, dx), False, (0, 0), 1
+    ).contiguous(),
 }
 for _name, _fake in _FAKES.items():
     torch.library.register_fake(f"pathprune::{_name}", _fake, lib=_LIBRARY)
@@ -245,20 +248,25 @@ def _tiled_sample_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, grad_g, *[None] * (len(_NAMES["tiled_sample"]) - 2)
 
 
-def _save_shifted(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.length = inputs
-    ctx.save_for_backward(*tensors)
+def _save_thin(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, w, bias, *ctx.geometry, _ = inputs
+    ctx.save_for_backward(x, w)
+    ctx.bias_sizes = None if bias is None else bias.shape
 
 
-def _shifted_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    w, shift, x = ctx.saved_tensors
-    grad_w = grad_x = None
-    if ctx.needs_input_grad[0]:
-        grad_w = grad @ x.unfold(0, ctx.length, 1)[shift].T
-    if ctx.needs_input_grad[2]:
-        at = shift[:, None] + torch.arange(ctx.length, device=shift.device)
-        grad_x = torch.zeros_like(x).index_add(0, at.flatten(), (w.T @ grad).flatten())
-    return grad_w, None, grad_x, None
+def _thin_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """By the images, the convolution with the kernels turned round, as thin; by the weight, torch's own."""
+    (x, w), (padding_y, padding_x, dilation_y, dilation_x) = ctx.saved_tensors, ctx.geometry
+    around_y, around_x = dilation_y * (w.shape[2] - 1) - padding_y, dilation_x * (w.shape[3] - 1) - padding_x
+    is_thin = ctx.needs_input_grad[0] and min(around_y, around_x) >= 0
+    wanted = [ctx.needs_input_grad[0] and not is_thin, ctx.needs_input_grad[1], ctx.needs_input_grad[2]]
+    geometry = ([1, 1], [padding_y, padding_x], [dilation_y, dilation_x], False, [0, 0], 1)
+    made = torch.ops.aten.convolution_backward(grad, x, w, ctx.bias_sizes, *geometry, wanted)
+    grad_x, grad_w, grad_bias = made
+    if is_thin:
+        turned = w.flip(2, 3).transpose(0, 1)
+        grad_x = _call("thin_convolution", grad, turned, None, around_y, around_x, dilation_y, dilation_x, False)
+    return grad_x, grad_w, grad_bias, *[None] * 5
 
 
 _BACKWARDS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
@@ -268,7 +276,7 @@ _BACKWARDS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "sparse_scatter": (_scatter_backward, _save_scatter),
     "tiled_matmul": (_tiled_matmul_backward, _save_tiled_matmul),
     "tiled_sample": (_tiled_sample_backward, _save_tiled_sample),
-    "shifted_matmul": (_shifted_backward, _save_shifted),
+    "thin_convolution": (_thin_backward, _save_thin),
 }
 for _name, (_backward, _save) in _BACKWARDS.items():
     torch.library.register_autograd(f"pathprune::{_name}", _backward, setup_context=_save, lib=_LIBRARY)
@@ -303,8 +311,8 @@ def _call(name: str, *values: Any) -> Any:
     if torch.compiler.is_compiling():
         return _OPS[name](*values)
     try:
-        if torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in values[:2]):
-            return _EAGER[name].apply(*values) if _is_plain(values[:2]) else _OPS[name](*values)
+        if torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in values[:3]):
+            return _EAGER[name].apply(*values) if _is_plain(values[:3]) else _OPS[name](*values)
         with torch._C._AutoDispatchBelowAutograd():
             return _OPS[name](*values)
     except RuntimeError:
@@ -421,16 +429,25 @@ def tiled_sample(x: Tensor, g: Tensor, tiles: Tiles) -> Tensor:
     return _call("tiled_sample", x, g, *tiles)
 
 
-def shifted_matmul(w: Tensor, shift: Tensor, x: Tensor, length: int) -> Tensor:
-    """``y[r, t] = sum_k w[r, k] x[shift[k] + t]``: a product that skips zeros with shifts of one row of numbers.
-
-    A convolution over images laid flat with their padding is one. Time goes with the weights that are not zero.
+def thin_convolution(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    padding: Sequence[int],
+    dilation: Sequence[int] = (1, 1),
+    counting: bool = False,
+) -> Tensor:
+    """A convolution with stride 1 whose time goes with the weights that are not zero; so does its gradient by x.
 
     Args:
-        w: [rows, columns] float32 or float64; shift: [columns] int64 >= 0; x: [numbers] as w.
-        length: shift + length must not go beyond x (on CUDA, which does not look, what lies beyond is zero).
+        x: [N, C, H, W] float32 or float64; w: [O, C, kh, kw] and bias: [O] or None, of its type.
+        padding, dilation: of height and width.
+        counting: w is 0 or 1. A row of w that has more ones than zeros is taken from the sum over the whole kernel and
+            all channels, which is one for all rows, by what it lacks: for x that are not negative.
 
     Returns:
-        [rows, length]. Differentiable in w and x.
+        [N, O, H', W'], contiguous. Differentiable in x, w and bias. The same bits for any number of threads.
+
+    A product with a weight that is zero may be left out or made: infinite or NaN x may give NaN or not.
     """
-    return _call("shifted_matmul", w, shift, x, length)
+    return _call("thin_convolution", x, w, bias, *padding, *dilation, counting)

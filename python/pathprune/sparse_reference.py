@@ -119,11 +119,16 @@ def tiled_sample(
 
 
 @checked
-def shifted_matmul(w: Tensor, shift: Tensor, x: Tensor, length: int) -> Tensor:
-    """[rows, length]: the product with the rows of x that begin at the shifts."""
-    if shift.numel() and (int(shift.min()) < 0 or int(shift.max()) + length > x.shape[0]):
-        wanted = f"0 to {x.shape[0] - length} (x less length)"
-        refuse("shifted_matmul", "shift", wanted, f"{int(shift.min())} to {int(shift.max())}")
-    if length == 0 or x.shape[0] < length:
-        return x.new_zeros((w.shape[0], length))
-    return w @ x.unfold(0, length, 1)[shift]
+def thin_convolution(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    padding_y: int,
+    padding_x: int,
+    dilation_y: int,
+    dilation_x: int,
+    counting: bool,
+) -> Tensor:
+    """[N, O, H', W']: torch's own convolution."""
+    geometry = ((1, 1), (padding_y, padding_x), (dilation_y, dilation_x), False, (0, 0), 1)
+    return torch.convolution(x, w, bias, *geometry).contiguous()
