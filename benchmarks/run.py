@@ -28,6 +28,7 @@ import roofline
 import scoring
 import selection
 import sensitivity
+import sparse_convolution
 import transformers_scoring
 import walks
 from harness import Result, copy_bandwidth, markdown, result_path, save
@@ -92,6 +93,16 @@ def masked_matmul_suite(quick: bool) -> list[tuple[str, Work]]:
     ]
 
 
+def convolution_suite(quick: bool) -> list[tuple[str, Work]]:
+    layers = sparse_convolution.LAYERS[1:2] if quick else sparse_convolution.LAYERS
+    return [
+        (f"{kind} {layer} {d}", lambda b, k=kind, n=layer, d=d: sparse_convolution.measure(k, n, d, b))
+        for layer in layers
+        for kind in sparse_convolution.KINDS
+        for d in sparse_convolution.DENSITIES
+    ]
+
+
 def sensitivity_suite(quick: bool) -> list[tuple[str, Work]]:
     methods = ("SNIP",) if quick else ("SNIP", "GraSP")
     return [
@@ -137,6 +148,7 @@ SUITES: dict[str, Callable[..., list[tuple[str, Work]]]] = {
     "kernel": kernel_suite,
     "px": px_suite,
     "masked_matmul": masked_matmul_suite,
+    "sparse_convolution": convolution_suite,
     "nas": nas_suite,
     "transformers": transformers_suite,
 }

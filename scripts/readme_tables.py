@@ -245,6 +245,21 @@ def masked_matmul_grid() -> str:
     return "\n\n".join(parts) + caption(one)
 
 
+def sparse_convolution() -> str:
+    """Every layer and density: time of both baselines over ours."""
+    one = suite("sparse_convolution")
+    notes = [result["notes"] for result in one.cases.values()]
+    densities = sorted({note["density"] for note in notes}, reverse=True)
+    rows = []
+    for kind, layer in dict.fromkeys((note["kind"], note["layer"]) for note in notes):
+        what = "forward" if kind == "forward" else "forward and both gradients"
+        parts = [f"{kind}, {layer}, {1 - density:.0%} zeros" for density in densities]
+        cells = [", ".join(f"{one.ratio(p, b):.2f}" for b in ("conv2d(x, W*M)", "conv2d(x, W)")) for p in parts]
+        rows.append([f"{layer}, {what}", *cells])
+    head = ["3x3 convolution, over `conv2d(x, W*M)`, `conv2d(x, W)`", *(f"{1 - d:.0%}" for d in densities)]
+    return table(head, rows) + caption(one)
+
+
 def kernel() -> str:
     """Path kernel and data-driven methods."""
     one, px, data = suite("kernel"), suite("px"), suite("sensitivity")
@@ -382,8 +397,8 @@ def px_agreement() -> str:
 MADE: dict[str, Callable[[], str]] = {
     made.__name__: made
     for made in (
-        scoring, memory, selection, phew, masked_matmul, masked_matmul_grid, kernel, losses, px_agreement,
-        transformers, checkpoints, nas,
+        scoring, memory, selection, phew, masked_matmul, masked_matmul_grid, sparse_convolution, kernel, losses,
+        px_agreement, transformers, checkpoints, nas,
     )
 }  # fmt: skip
 

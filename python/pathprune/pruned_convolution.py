@@ -128,10 +128,10 @@ torch.library.register_vmap("pathprune::pruned_convolution", _batched, lib=_LIBR
 
 
 def expected_gain(density: float) -> float:
-    """How many times faster than dense :func:`thin_convolution` was measured to be, forward, from 8 x 8 images on."""
-    return min(4.0, 0.22 / max(density, 1e-9))
+    """How many times faster than dense ``thin_convolution`` was measured to be, forward, from 8 x 8 images on."""
+    return min(5.0, 0.23 / max(density, 1e-9))
 
 
 def is_thin(x: Tensor, shape: torch.Size, density: float) -> bool:
-    """Whether :func:`thin_convolution` should be faster than a dense one on these images."""
+    """Whether ``thin_convolution`` should be faster than a dense one on these images."""
     return density < _few(x, shape, (1, 1))
