@@ -273,7 +273,7 @@ def test_files_of_experts_are_measured_and_checked(tmp_path: Path) -> None:
     sizes = synthetic_checkpoint.tensors_of(synthetic_checkpoint.SHAPES["tiny-experts"])
     layers = [n for n, size in sizes.items() if len(size) == 2 and "embed" not in n and ".gate." not in n]
     assert found["kept"] == round(0.5 * sum(sizes[n][0] * sizes[n][1] for n in layers))
-    assert found["peak"] > found["start"] > 0 and found["over_copying_once"] > 0
+    assert found["peak"] >= found["start"] > 0 and found["over_copying_once"] > 0
     made = large.prune_checkpoint(folder, large.METHODS["magnitude"], tmp_path / "out", density=0.5)
     large.check(folder, made.folder)
     path = next(made.folder.glob("model*.safetensors"))
