@@ -100,7 +100,7 @@ Tensor sparse_scatter(const Tensor& values, const Tensor& layout, const Tensor& 
                       const Tensor& index, int64_t columns);
 
 Tensor thin_convolution(const Tensor& x, const Tensor& w, const OptionalTensor& bias,
-                        int64_t padding_y, int64_t padding_x, int64_t dilation_y,
-                        int64_t dilation_x, bool counting);
+                        int64_t stride_y, int64_t stride_x, int64_t padding_y, int64_t padding_x,
+                        int64_t dilation_y, int64_t dilation_x, bool counting);
 
 }  // namespace pathprune

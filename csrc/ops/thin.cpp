@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "glue/cpu.h"
@@ -20,25 +21,41 @@ constexpr int64_t kChunkBytes = 512
 
 int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-struct Shape {
-  int64_t images, channels, height, width;    // of x
-  int64_t rows, kernel_height, kernel_width;  // of w
-  int64_t padding_y, padding_x, dilation_y, dilation_x;
-  int64_t reach_y() const { return dilation_y * (kernel_height - 1); }
-  int64_t reach_x() const { return dilation_x * (kernel_width - 1); }
-  int64_t out_height() const { return height + 2 * padding_y - reach_y(); }
-  int64_t out_width() const { return width + 2 * padding_x - reach_x(); }
-  int64_t kernel() const { return kernel_height * kernel_width; }
+// One axis of a convolution. Of every s-th row, a stride of s, the images have s phases; a kernel
+// entry reads one of them, some rows before or behind the output's.
+struct Axis {
+  int64_t size, kernel, stride, padding, dilation;
+
+  int64_t out() const { return (size + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1; }
+  int64_t before() const { return (padding + stride - 1) / stride; }  // rows of padding in a phase
+  int64_t phase(int64_t entry) const {
+    return (entry * dilation + before() * stride - padding) % stride;
+  }
+  // The first row that an entry reads, in its phase and from the padding on.
+  int64_t row(int64_t entry) const {
+    return (entry * dilation + before() * stride - padding) / stride;
+  }
+  int64_t reach() const { return row(kernel - 1); }
+  // From an image to the next: the padding behind one is that before the next.
+  int64_t period() const {
+    return std::max((size + stride - 1) / stride + before(),
+                    out() + std::max<int64_t>(reach() - before(), 0));
+  }
 };
 
-// A few images, or some rows of the output of one, as they lie in a plane. The padding behind a row
-// is that before the next, and so it is with images.
+struct Shape {
+  int64_t images, channels, rows;
+  Axis y, x;
+  int64_t kernel() const { return y.kernel * x.kernel; }
+  int64_t plane() const { return y.out() * x.out(); }  // of outputs
+};
+
+// A few images, or some rows of the output of one, as they lie in a plane.
 struct Layout {
   Layout(const Shape& s, int64_t planes, int64_t tile, int64_t bytes)
-      : wide(std::max(s.width + s.padding_x, s.out_width())),
-        tall(std::max(s.height + s.padding_y, s.out_height())) {
+      : wide(s.x.period()), tall(s.y.period()) {
     const int64_t room = std::max<int64_t>(1, kChunkBytes / (planes * bytes * wide));  // rows
-    images = std::clamp<int64_t>((room - s.reach_y()) / tall, 1, std::max<int64_t>(1, s.images));
+    images = std::clamp<int64_t>((room - s.y.reach()) / tall, 1, std::max<int64_t>(1, s.images));
     // fewer, where they fill tiles better
     const auto waste = [&](int64_t n) {
       const int64_t used = n * tall * wide;
@@ -48,13 +65,13 @@ struct Layout {
       if (waste(n) < waste(images) - 0.01) images = n;
     }
     const int64_t least = ceil_divide(4 * tile, wide);
-    const int64_t most = std::max({room - s.reach_y(), least, int64_t{1}});
-    bands = images > 1 ? 1 : ceil_divide(s.out_height(), most);
-    band = ceil_divide(s.out_height(), bands);
-    const int64_t rows = (images - 1) * tall + band + s.reach_y();
+    const int64_t most = std::max({room - s.y.reach(), least, int64_t{1}});
+    bands = images > 1 ? 1 : ceil_divide(s.y.out(), most);
+    band = ceil_divide(s.y.out(), bands);
+    const int64_t rows = (images - 1) * tall + band + s.y.reach();
     // an odd number of cache lines: planes do not fall onto each other in the cache
     const int64_t line = 64 / bytes;
-    plane = (ceil_divide(rows * wide + s.reach_x(), line) | 1) * line;
+    plane = (ceil_divide(rows * wide + s.x.reach(), line) | 1) * line;
   }
 
   int64_t wide, tall;   // from a row, or an image, to the next
@@ -63,7 +80,12 @@ struct Layout {
   int64_t plane;        // from a channel to the next
 };
 
-// The weights without their zeros, and the channels that they read.
+// One channel of the images, every s-th row and column from these on.
+struct Plane {
+  int64_t channel, y, x;
+};
+
+// The weights without their zeros, and what of the images they read.
 template <typename A>
 class ThinWeights {
  public:
@@ -79,14 +101,29 @@ class ThinWeights {
     }
   }
 
+  // What the live channels have for the kernel's entries.
+  std::vector<Plane> planes() const {
+    std::vector<Plane> found;
+    for (const int64_t c : channels) {
+      for (const auto& [y, x] : phases()) found.push_back({c, y, x});
+    }
+    return found;
+  }
+
   void lay_out(const Layout& layout) {
+    const auto parts = phases();
     const int64_t live = static_cast<int64_t>(channels.size()), all = live * s_.kernel();
-    std::vector<int32_t> shift(all);
-    for (int64_t i = 0; i < all; ++i) {
-      const int64_t tap = i % s_.kernel();
-      shift[i] = static_cast<int32_t>(i / s_.kernel() * layout.plane +
-                                      tap / s_.kernel_width * s_.dilation_y * layout.wide +
-                                      tap % s_.kernel_width * s_.dilation_x);
+    std::vector<int32_t> shift;
+    shift.reserve(all);
+    for (int64_t c = 0; c < live; ++c) {
+      for (int64_t tap = 0; tap < s_.kernel(); ++tap) {
+        const int64_t y = tap / s_.x.kernel, x = tap % s_.x.kernel;
+        const std::pair phase{s_.y.phase(y), s_.x.phase(x)};
+        const int64_t part = std::find(parts.begin(), parts.end(), phase) - parts.begin();
+        const int64_t plane = c * static_cast<int64_t>(parts.size()) + part;
+        shift.push_back(
+            static_cast<int32_t>(plane * layout.plane + s_.y.row(y) * layout.wide + s_.x.row(x)));
+      }
     }
     if (counting_) {
       whole = {0, 1, {}, 0, all, 0};
@@ -103,6 +140,18 @@ class ThinWeights {
   std::vector<A> values;
 
  private:
+  // The phases that the kernel reads, in the order of its entries.
+  std::vector<std::pair<int64_t, int64_t>> phases() const {
+    std::vector<std::pair<int64_t, int64_t>> found;
+    for (int64_t y = 0; y < s_.y.kernel; ++y) {
+      for (int64_t x = 0; x < s_.x.kernel; ++x) {
+        const std::pair phase{s_.y.phase(y), s_.x.phase(x)};
+        if (std::find(found.begin(), found.end(), phase) == found.end()) found.push_back(phase);
+      }
+    }
+    return found;
+  }
+
   const A* at(int64_t row, int64_t channel) const {
     return w_ + (row * s_.channels + channel) * s_.kernel();
   }
@@ -186,11 +235,18 @@ class Convolution {
  public:
   Convolution(const Shape& s, const ThinWeights<A>& w, const Layout& layout,
               const ThinKernels<A>& kernels, const A* x, const A* bias, A* y)
-      : s_(s), w_(w), layout_(layout), kernels_(kernels), x_(x), bias_(bias), y_(y) {}
+      : s_(s),
+        w_(w),
+        planes_(w.planes()),
+        layout_(layout),
+        kernels_(kernels),
+        x_(x),
+        bias_(bias),
+        y_(y) {}
 
   int64_t chunks() const { return ceil_divide(s_.images, layout_.images) * layout_.bands; }
   int64_t scratch() const {
-    return static_cast<int64_t>(w_.channels.size()) * layout_.plane + kernels_.tile;
+    return static_cast<int64_t>(planes_.size()) * layout_.plane + kernels_.tile;
   }
 
   // A chunk: images from `first` on, and of them the output rows from `top` on.
@@ -198,10 +254,10 @@ class Convolution {
     const int64_t first = chunk / layout_.bands * layout_.images;
     const int64_t top = chunk % layout_.bands * layout_.band;
     const int64_t images = std::min(layout_.images, s_.images - first);
-    const int64_t band = std::min(layout_.band, s_.out_height() - top);
+    const int64_t band = std::min(layout_.band, s_.y.out() - top);
     const int64_t rows = (images - 1) * layout_.tall + band;
-    for (size_t c = 0; c < w_.channels.size(); ++c) {
-      lay_flat(first, images, w_.channels[c], top, rows + s_.reach_y(), flat + c * layout_.plane);
+    for (size_t i = 0; i < planes_.size(); ++i) {
+      lay_flat(planes_[i], first, images, top, rows + s_.y.reach(), flat + i * layout_.plane);
     }
     for (int64_t from = 0; from < rows * layout_.wide; from += kernels_.tile) {
       ThinTile<A> tile = {w_.shifts.data(), w_.values.data(),
@@ -218,30 +274,42 @@ class Convolution {
       tile.bias = bias_;
       tile.segments = segments.data();
       tile.segment_count = static_cast<int64_t>(segments.size());
-      tile.plane = s_.out_height() * s_.out_width();
+      tile.plane = s_.plane();
       tile.y = y_ + first * s_.rows * tile.plane;
       kernels_.multiply(w_.rows.data(), static_cast<int64_t>(w_.rows.size()), tile);
     }
   }
 
  private:
-  // One channel of the images, with zeros around.
-  void lay_flat(int64_t first, int64_t images, int64_t channel, int64_t top, int64_t rows,
+  // A plane of some images, with zeros around.
+  void lay_flat(const Plane& plane, int64_t first, int64_t images, int64_t top, int64_t rows,
                 A* to) const {
-    const int64_t behind = layout_.wide - s_.padding_x - s_.width;
-    for (int64_t j = 0; j < rows; ++j, to += layout_.wide) {
-      const int64_t v = top + j - s_.padding_y;
-      const int64_t image = v < 0 ? images : v / layout_.tall, y = v - image * layout_.tall;
-      if (image >= images || y >= s_.height) {
+    const int64_t before = s_.x.before();
+    const int64_t length = ceil_divide(s_.x.size - plane.x, s_.x.stride);
+    const int64_t height = ceil_divide(s_.y.size - plane.y, s_.y.stride);
+    int64_t image = 0, row = top - s_.y.before();
+    for (int64_t j = 0; j < rows; ++j, ++row, to += layout_.wide) {
+      if (row == layout_.tall) {
+        row = 0;
+        ++image;
+      }
+      if (row < 0 || row >= height || image >= images) {
         std::fill_n(to, layout_.wide, A(0));
         continue;
       }
-      const A* from = x_ + (((first + image) * s_.channels + channel) * s_.height + y) * s_.width;
-      std::fill_n(to, s_.padding_x, A(0));
-      std::memcpy(to + s_.padding_x, from, s_.width * sizeof(A));
-      std::fill_n(to + s_.padding_x + s_.width, behind, A(0));
+      const int64_t of = (first + image) * s_.channels + plane.channel;
+      const A* from = x_ + (of * s_.y.size + row * s_.y.stride + plane.y) * s_.x.size + plane.x;
+      for (int64_t i = 0; i < before; ++i) to[i] = 0;
+      if (s_.x.stride == 1) {
+        std::memcpy(to + before, from, length * sizeof(A));
+      } else if (s_.x.stride == 2) {  // known to the compiler
+        for (int64_t i = 0; i < length; ++i) to[before + i] = from[2 * i];
+      } else {
+        for (int64_t i = 0; i < length; ++i) to[before + i] = from[i * s_.x.stride];
+      }
+      for (int64_t i = before + length; i < layout_.wide; ++i) to[i] = 0;
     }
-    std::fill_n(to, s_.reach_x(), A(0));
+    std::fill_n(to, s_.x.reach(), A(0));
   }
 
   // The parts of a tile that are outputs.
@@ -251,9 +319,9 @@ class Convolution {
       const int64_t row = t / layout_.wide, x = t % layout_.wide;
       const int64_t v = top + row, image = v / layout_.tall, y = v % layout_.tall;
       const int64_t until = std::min(from + count, (row + 1) * layout_.wide);
-      if (y < s_.out_height() && x < s_.out_width()) {
-        const int64_t to = (image * s_.rows * s_.out_height() + y) * s_.out_width() + x;
-        const int64_t length = std::min(until - t, s_.out_width() - x);
+      if (y < s_.y.out() && x < s_.x.out()) {
+        const int64_t to = (image * s_.rows * s_.y.out() + y) * s_.x.out() + x;
+        const int64_t length = std::min(until - t, s_.x.out() - x);
         segments.push_back({static_cast<int32_t>(t - from), static_cast<int32_t>(length), to});
       }
       t = until;
@@ -262,6 +330,7 @@ class Convolution {
 
   const Shape& s_;
   const ThinWeights<A>& w_;
+  const std::vector<Plane> planes_;
   const Layout& layout_;
   const ThinKernels<A>& kernels_;
   const A *x_, *bias_;
@@ -273,7 +342,7 @@ void convolve(const Shape& s, bool counting, const Tensor& x, const Tensor& w,
               const OptionalTensor& bias, const Tensor& y) {
   const auto kernels = PP_BY_ISA(thin_kernels<A>)();
   ThinWeights<A> weights(static_cast<const A*>(w.const_data_ptr()), s, counting);
-  const auto planes = std::max<int64_t>(1, static_cast<int64_t>(weights.channels.size()));
+  const auto planes = std::max<int64_t>(1, static_cast<int64_t>(weights.planes().size()));
   const Layout layout(s, planes, kernels.tile, sizeof(A));
   if (planes * layout.plane > std::numeric_limits<int32_t>::max()) {
     refuse(kOp, "x", "less than 2^31 numbers in the rows that a kernel reads", describe(x));
@@ -292,8 +361,8 @@ void convolve(const Shape& s, bool counting, const Tensor& x, const Tensor& w,
 }  // namespace
 
 Tensor thin_convolution(const Tensor& x, const Tensor& w, const OptionalTensor& bias,
-                        int64_t padding_y, int64_t padding_x, int64_t dilation_y,
-                        int64_t dilation_x, bool counting) {
+                        int64_t stride_y, int64_t stride_x, int64_t padding_y, int64_t padding_x,
+                        int64_t dilation_y, int64_t dilation_x, bool counting) {
   const auto type = x.scalar_type();
   if (x.dim() != 4 || (type != ScalarType::Float && type != ScalarType::Double)) {
     refuse(kOp, "x", "float32 or float64 [N, C, H, W]", describe(x));
@@ -303,16 +372,22 @@ Tensor thin_convolution(const Tensor& x, const Tensor& w, const OptionalTensor& 
   }
   check_tensor(kOp, "w", w, type, {w.size(0), x.size(1), w.size(2), w.size(3)}, x);
   if (bias) check_tensor(kOp, "bias", *bias, type, {w.size(0)}, x);
+  check_at_least(kOp, "stride_y", stride_y, 1);
+  check_at_least(kOp, "stride_x", stride_x, 1);
   check_at_least(kOp, "padding_y", padding_y, 0);
   check_at_least(kOp, "padding_x", padding_x, 0);
   check_at_least(kOp, "dilation_y", dilation_y, 1);
   check_at_least(kOp, "dilation_x", dilation_x, 1);
-  const Shape s = {x.size(0), x.size(1), x.size(2), x.size(3),  w.size(0), w.size(2),
-                   w.size(3), padding_y, padding_x, dilation_y, dilation_x};
-  if (s.out_height() < 1 || s.out_width() < 1) {
+  const Shape s = {x.size(0),
+                   x.size(1),
+                   w.size(0),
+                   {x.size(2), w.size(2), stride_y, padding_y, dilation_y},
+                   {x.size(3), w.size(3), stride_x, padding_x, dilation_x}};
+  const auto reads = [](const Axis& a) { return a.dilation * (a.kernel - 1) + 1; };
+  if (reads(s.y) > s.y.size + 2 * padding_y || reads(s.x) > s.x.size + 2 * padding_x) {
     refuse(kOp, "x", "images no smaller than the kernel", describe(x));
   }
-  const Tensor y = new_tensor(x, {s.images, s.rows, s.out_height(), s.out_width()}, type);
+  const Tensor y = new_tensor(x, {s.images, s.rows, s.y.out(), s.x.out()}, type);
   if (s.images == 0) return y;
   const Tensor from = torch::stable::contiguous(x), weight = torch::stable::contiguous(w);
   OptionalTensor shift;

@@ -22,6 +22,7 @@ from .sparse_ops import thin_convolution
 _CHANNELS = 0.8  # share of channel pairs left below which it pays to leave the dead ones out
 _ENTRIES = 0.65, 1.2  # share of weights left below which to skip zeros; of layers with few channels
 _FEW_CHANNELS = 24
+_PHASES = 0.4  # of that share, where a stride cuts images into phases
 _SMALL = 1 << 22  # multiply-adds below which torch's own is quick enough
 
 _LIBRARY.define(
@@ -61,7 +62,7 @@ def _convolved(
     if groups != 1 or x.numel() * w.numel() < _SMALL:
         return torch.convolution(x, w, bias, *geometry)
     if int(torch.count_nonzero(w)) < _few(x, w.shape, stride) * w.numel():
-        return thin_convolution(x, w, bias, padding, dilation)
+        return thin_convolution(x, w, bias, stride, padding, dilation)
     kernel = w.shape[2:].numel()
     pairs = torch.mv(w.sign().abs_().reshape(-1, kernel), w.new_ones(kernel)).reshape(w.shape[:2]) > 0
     rows, columns = pairs.any(1).nonzero()[:, 0], pairs.any(0).nonzero()[:, 0]
@@ -89,7 +90,7 @@ def counting_convolution(
         ones = torch.mv(w.flatten(1), w.new_ones(w[0].numel()))
         entries = torch.minimum(ones, w[0].numel() - ones).sum() + w[0].numel()
         if float(entries) < _few(x, w.shape, stride) * w.numel():
-            return thin_convolution(x, w, None, padding, dilation, counting=True)
+            return thin_convolution(x, w, None, stride, padding, dilation, counting=True)
     return pruned_convolution(x, w, None, stride, padding, dilation, groups)
 
 
@@ -98,10 +99,12 @@ def _few(x: Tensor, shape: torch.Size, stride: Sequence[int]) -> float:
     kernel = shape[2:]
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
         return 0.0
-    if len(kernel) != 2 or kernel.numel() == 1 or any(s != 1 for s in stride):
+    if len(kernel) != 2 or (kernel.numel() == 1 and set(stride) == {1}):
         return 0.0
-    padded = math.prod(n + k // 2 for n, k in zip(x.shape[2:], kernel, strict=True)) / x.shape[2:].numel()
-    return _ENTRIES[min(shape[:2]) <= _FEW_CHANNELS] / padded**2.5
+    sides = [(n // s, k // 2) for n, k, s in zip(x.shape[2:], kernel, stride, strict=True)]
+    padded = math.prod((n + k) / max(1, n) for n, k in sides)
+    phases = 1.0 if set(stride) == {1} else _PHASES
+    return phases * _ENTRIES[min(shape[:2]) <= _FEW_CHANNELS] / padded**2.5
 
 
 _LIBRARY.impl("pruned_convolution", torch.no_grad()(_convolved), "CompositeExplicitAutograd")
@@ -132,6 +135,6 @@ def expected_gain(density: float) -> float:
     return min(5.0, 0.23 / max(density, 1e-9))
 
 
-def is_thin(x: Tensor, shape: torch.Size, density: float) -> bool:
+def is_thin(x: Tensor, shape: torch.Size, stride: Sequence[int], density: float) -> bool:
     """Whether ``thin_convolution`` should be faster than a dense one on these images."""
-    return density < _few(x, shape, (1, 1))
+    return density < _few(x, shape, stride)

@@ -170,7 +170,7 @@ class SparseConv2d(_Sparse):
         batched = x if x.dim() == 4 else x[None]
         if self._shifts(batched):
             (right, _, below, _) = dense._reversed_padding_repeated_twice
-            y = thin_convolution(batched, self.dense_weight(), self.bias, (below, right), dense.dilation)
+            y = thin_convolution(batched, self.dense_weight(), self.bias, dense.stride, (below, right), dense.dilation)
             return y if x.dim() == 4 else y[0]
         kernel: Sequence[int] = self._shape[2:]
         mode = "constant" if dense.padding_mode == "zeros" else dense.padding_mode
@@ -195,7 +195,7 @@ class SparseConv2d(_Sparse):
     def _shifts(self, x: Tensor) -> bool:
         """Whether zeros are skipped without writing patches out."""
         plain = _is_plain(self._dense[0]) and x.dtype == self.weight.dtype and not torch.is_autocast_enabled("cpu")
-        return plain and is_thin(x, self._shape, self.density)
+        return plain and is_thin(x, self._shape, self._dense[0].stride, self.density)
 
     def _takes_dense(self, positions: int) -> bool:
         mask = self.mask
@@ -356,10 +356,10 @@ def _judge(
 
 
 def _is_plain(layer: Any) -> bool:
-    """Whether ``thin_convolution`` can do it: one group, no stride, zeros around, as many on either side."""
+    """Whether ``thin_convolution`` can do it: one group, zeros around, as many on either side."""
     left, right, top, bottom = layer._reversed_padding_repeated_twice
     even = left == right and top == bottom and layer.padding_mode == "zeros"
-    return even and layer.groups == 1 and tuple(layer.stride) == (1, 1) and math.prod(layer.kernel_size) > 1
+    return even and layer.groups == 1 and math.prod(layer.kernel_size) > 1
 
 
 _LAYERS: dict[type[nn.Module], type[_Sparse]] = {nn.Linear: SparseLinear, nn.Conv2d: SparseConv2d}

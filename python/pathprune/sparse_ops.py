@@ -65,8 +65,8 @@ SCHEMAS: dict[str, str] = {
     "sparse_scatter": f"(Tensor values, {_ROWS}, int columns) -> Tensor",
     "tiled_matmul": f"(Tensor weight, Tensor x, bool transposed, {_TILES}) -> Tensor",
     "tiled_sample": f"(Tensor x, Tensor g, {_TILES}) -> Tensor",
-    "thin_convolution": "(Tensor x, Tensor w, Tensor? bias, int padding_y, int padding_x, int dilation_y,"
-    " int dilation_x, bool counting) -> Tensor",
+    "thin_convolution": "(Tensor x, Tensor w, Tensor? bias, int stride_y, int stride_x, int padding_y,"
+    " int padding_x, int dilation_y, int dilation_x, bool counting) -> Tensor",
 }
 
 for _name, _schema in SCHEMAS.items():
@@ -137,8 +137,8 @@ _FAKES: dict[str, Callable[..., Any]] = {
         (*x.shape[:2], columns if transposed else layout.shape[1])
     ),
     "tiled_sample": _fake_tiled_sample,
-    "thin_convolution": lambda x, w, bias, py, px, dy, dx, counting: torch.convolution(
-        x, w, bias, (1, 1), (py, px), (dy, dx), False, (0, 0), 1
+    "thin_convolution": lambda x, w, bias, sy, sx, py, px, dy, dx, counting: torch.convolution(
+        x, w, bias, (sy, sx), (py, px), (dy, dx), False, (0, 0), 1
     ).contiguous(),
 }
 for _name, _fake in _FAKES.items():
@@ -256,17 +256,17 @@ def _save_thin(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _thin_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """By the images, the convolution with the kernels turned round, as thin; by the weight, torch's own."""
-    (x, w), (padding_y, padding_x, dilation_y, dilation_x) = ctx.saved_tensors, ctx.geometry
+    (x, w), (*stride, padding_y, padding_x, dilation_y, dilation_x) = ctx.saved_tensors, ctx.geometry
     around_y, around_x = dilation_y * (w.shape[2] - 1) - padding_y, dilation_x * (w.shape[3] - 1) - padding_x
-    is_thin = ctx.needs_input_grad[0] and min(around_y, around_x) >= 0
+    is_thin = ctx.needs_input_grad[0] and min(around_y, around_x) >= 0 and stride == [1, 1]
     wanted = [ctx.needs_input_grad[0] and not is_thin, ctx.needs_input_grad[1], ctx.needs_input_grad[2]]
-    geometry = ([1, 1], [padding_y, padding_x], [dilation_y, dilation_x], False, [0, 0], 1)
+    geometry = (stride, [padding_y, padding_x], [dilation_y, dilation_x], False, [0, 0], 1)
     made = torch.ops.aten.convolution_backward(grad, x, w, ctx.bias_sizes, *geometry, wanted)
     grad_x, grad_w, grad_bias = made
     if is_thin:
-        turned = w.flip(2, 3).transpose(0, 1)
-        grad_x = _call("thin_convolution", grad, turned, None, around_y, around_x, dilation_y, dilation_x, False)
-    return grad_x, grad_w, grad_bias, *[None] * 5
+        turned, around = w.flip(2, 3).transpose(0, 1), (around_y, around_x)
+        grad_x = _call("thin_convolution", grad, turned, None, 1, 1, *around, dilation_y, dilation_x, False)
+    return grad_x, grad_w, grad_bias, *[None] * 7
 
 
 _BACKWARDS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
@@ -433,15 +433,16 @@ def thin_convolution(
     x: Tensor,
     w: Tensor,
     bias: Tensor | None,
+    stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int] = (1, 1),
     counting: bool = False,
 ) -> Tensor:
-    """A convolution with stride 1 whose time goes with the weights that are not zero; so does its gradient by x.
+    """A convolution whose time goes with the weights that are not zero; so does its gradient by x if stride is 1.
 
     Args:
         x: [N, C, H, W] float32 or float64; w: [O, C, kh, kw] and bias: [O] or None, of its type.
-        padding, dilation: of height and width.
+        stride, padding, dilation: of height and width.
         counting: w is 0 or 1. A row of w that has more ones than zeros is taken from the sum over the whole kernel and
             all channels, which is one for all rows, by what it lacks: for x that are not negative.
 
@@ -450,4 +451,4 @@ def thin_convolution(
 
     A product with a weight that is zero may be left out or made: infinite or NaN x may give NaN or not.
     """
-    return _call("thin_convolution", x, w, bias, *padding, *dilation, counting)
+    return _call("thin_convolution", x, w, bias, *stride, *padding, *dilation, counting)

@@ -123,6 +123,8 @@ def thin_convolution(
     x: Tensor,
     w: Tensor,
     bias: Tensor | None,
+    stride_y: int,
+    stride_x: int,
     padding_y: int,
     padding_x: int,
     dilation_y: int,
@@ -130,5 +132,5 @@ def thin_convolution(
     counting: bool,
 ) -> Tensor:
     """[N, O, H', W']: torch's own convolution."""
-    geometry = ((1, 1), (padding_y, padding_x), (dilation_y, dilation_x), False, (0, 0), 1)
+    geometry = ((stride_y, stride_x), (padding_y, padding_x), (dilation_y, dilation_x), False, (0, 0), 1)
     return torch.convolution(x, w, bias, *geometry).contiguous()
