@@ -23,7 +23,8 @@ PP_INLINE void copy(A* to, const A* from, int64_t count) {
   for (; count >= kLanes; count -= kLanes, to += kLanes, from += kLanes) store(to, load(from));
 #if PP_AVX512
   if constexpr (sizeof(A) == 4) {
-    _mm512_mask_storeu_ps(to, static_cast<__mmask16>(first_lanes(count)), _mm512_loadu_ps(from));
+    const auto some = static_cast<__mmask16>(first_lanes(count));
+    _mm512_mask_storeu_ps(to, some, _mm512_maskz_loadu_ps(some, from));
     return;
   }
 #endif
