@@ -76,6 +76,7 @@ FLOORS = [
         "tangent",
         "gates",
         "recording",
+        "routing",
         "path_sampling",
         "summed_weights",
         "routed_flow",

@@ -242,6 +242,11 @@ PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "in place": lambda a, b: a.mul_(b),
     "gated by SiLU": lambda a, b: F.silu(a) * b,
     "gated by ReLU": lambda a, b: b * torch.relu(a),
+    "gated by a sigmoid": lambda a, b: a * b.sigmoid(),
+    "gated by a shifted sigmoid": lambda a, b: (2 * b.sigmoid() - 0.3) * a,
+    "gated by halves": lambda a, b: F.glu(torch.cat([a, b], -1)),
+    "gated by a softmax": lambda a, b: torch.softmax(a, -1) * b,
+    "squeezed": lambda a, b: a * F.softplus(b.mean(1, keepdim=True)),
     "gated by normed": lambda a, b: F.layer_norm(a, (6,)) * b,
     "linear attention": lambda a, b: torch.relu(a) @ (torch.relu(b).mT @ b),
     "einsum": lambda a, b: torch.einsum("nid,nie->nde", a, b),
@@ -258,6 +263,22 @@ def test_a_product_counts_half_of_each_factor_squared() -> None:
     halves = (model.first(x).square() + model.other(x).square()).sum(1, keepdim=True) / 4
     expected = (x.square().sum(1, keepdim=True) * halves).detach().expand(3, 2)
     torch.testing.assert_close(through_gates(model, x, WeightMap.ONE)[0], expected)
+
+
+def test_a_sigmoid_counts_squared_and_what_enters_it_nothing() -> None:
+    model, x = Pair(PRODUCTS["gated by halves"]).double(), drawn(3, 5)
+    gates = torch.sigmoid(model.other(x)).square().sum(1, keepdim=True)
+    expected = (x.square().sum(1, keepdim=True) * gates).detach().expand(3, 2)
+    torch.testing.assert_close(through_gates(model, x, WeightMap.ONE)[0], expected)
+    passed = pp.ntk(model, x, hold_gates=True)
+    gate = torch.sigmoid(model.other(x)).detach()
+    leaves = [model.first.weight, model.last.weight]  # nothing by the gate's own
+    outs = model.last(model.first(x) * gate)
+    jacobian = [
+        torch.cat([g.flatten() for g in torch.autograd.grad(out, leaves, retain_graph=True)]) for out in outs.flatten()
+    ]
+    rows = torch.stack(jacobian).unflatten(0, (3, 2))
+    torch.testing.assert_close(passed, torch.einsum("nki,mli->nkml", rows, rows), rtol=1e-10, atol=1e-12)
 
 
 class Attention(nn.Module):
@@ -370,10 +391,8 @@ def refuses(model: nn.Module, x: Tensor, match: str) -> None:
 
 def test_models_without_gates_are_refused_by_name() -> None:
     x = torch.randn(3, 4, 5)
-    refuses(
-        Pair(lambda a, b: a * b.sigmoid()), x, r"PX: model: wanted activations through zero, got sigmoid in .*sigmoid"
-    )
-    refuses(Between(lambda x: F.glu(torch.cat([x, x], -1))), x, r"PX: model: wanted products of .* got .*\(glu\)")
+    refuses(Between(torch.sigmoid), x, r"PX: model: wanted activations through zero, got sigmoid in .*sigmoid")
+    refuses(Pair(lambda a, b: a + b.sigmoid()), x, r"wanted activations through zero, got sigmoid in .*sigmoid")
     refuses(Between(lambda x: x.softmax(-1)), x, "activations through zero, got softmax")
     norm = nn.BatchNorm1d(4, track_running_stats=False)
     refuses(Between(norm), x, r"PX: model: wanted norms of each sample by itself, got .*\(batch_norm\) of a batch")

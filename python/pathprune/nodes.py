@@ -65,11 +65,13 @@ class Synapse(Node):
 class Scale(Node):
     """A fixed diagonal: ``x * |factor|^power`` (frozen batch norm, elementwise constants).
 
-    ``kind`` is ``batch_norm`` where a policy may switch it off, else ``constant``.
+    ``kind`` is ``batch_norm`` where a policy may switch it off, else ``constant``. ``recorded`` gives what the model
+    multiplies with where data decide it (the weight of an expert), and paths take what it is where they do not.
     """
 
     factor: Expression = field(kw_only=True)
     kind: str = field(default="constant", kw_only=True)
+    recorded: Recorder | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True)

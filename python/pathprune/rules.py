@@ -6,11 +6,11 @@ and without the trailing underscore of in-place forms. To support a new operator
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from .nodes import (
     Expression,
@@ -23,6 +23,7 @@ from .nodes import (
     Shift,
     Sum,
     Synapse,
+    Tensors,
     Wire,
 )
 
@@ -215,9 +216,9 @@ def _identity(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
 # -------------------------------------------------------------------------------------------------- arithmetic
 
 
-def scaled(t: Tracer, node: fx.Node, flow: int, factor: Expression) -> int:
-    """The flow times fixed numbers."""
-    return t.add(Scale((flow,), t.shape(node), factor=factor), node)
+def scaled(t: Tracer, node: fx.Node, flow: int, factor: Expression, recorded: Recorder | None = None) -> int:
+    """The flow times fixed numbers, or what stands for those that data decide."""
+    return t.add(Scale((flow,), t.shape(node), factor=factor, recorded=recorded), node)
 
 
 @rule("add", "sub", "rsub")
@@ -266,9 +267,11 @@ def _mul(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
         if first == second and (gated or gated_too):  # x times a function of x: an activation, written out
             return t.gate(Gate((first,), t.shape(node), name="self_gate"), node)
         return t.add(Product(flows, t.shape(node), recorded=factors("self", "other")), node)
+    name = "other"
     if not t.is_flow(left):
-        left, right = right, left
-    return scaled(t, node, t.flow(left), t.constant(right))
+        left, right, name = right, left, "self"
+    recorded: Recorder | None = (lambda found, tensors: found[name]) if t.is_routed(right) else None
+    return scaled(t, node, t.flow(left), t.constant(right), recorded)
 
 
 def _origin(t: Tracer, index: int) -> tuple[int, bool]:
@@ -299,7 +302,12 @@ def _glu(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
     def half(k: int) -> int:
         return t.add(Wire((flow,), shape, apply=lambda xs, p: xs[0].chunk(2, dim)[k]), node)
 
-    return t.add(Product((half(0), half(1)), shape), node)
+    def recorded(found: Mapping[str, Any], tensors: Tensors) -> tuple[Tensor, Tensor]:
+        value, gate = found["self"].chunk(2, found["dim"])
+        return value, gate.sigmoid()
+
+    gate = t.add(Gate((half(1),), shape, name="sigmoid"), node)
+    return t.add(Product((half(0), gate), shape, recorded=recorded), node)
 
 
 @rule("div", "divide", "true_divide")

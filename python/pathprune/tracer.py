@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import operator as python_operator
 from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
-from . import attention_rules, complex_rules, norm_rules  # noqa: F401 (enter rules; so do those they import)
+from . import attention_rules, complex_rules, expert_rules, norm_rules  # noqa: F401 (enter rules; so do those they import)
 from .exporting import UnsupportedModelError, canonical_names, module_path, operator_name
 from .graph_values import (
+    Choice,
+    Forward,
+    Place,
     always,
     arguments_of,
     evaluated,
@@ -23,7 +26,7 @@ from .graph_values import (
     tensor_of,
     zeros_like_value,
 )
-from .nodes import Expression, Gate, Input, Node, Norm, Pool, Product, Softmax, Tensors, WireMap
+from .nodes import Expression, Gate, Input, Node, Norm, Pool, Product, Scale, Softmax, Tensors, WireMap
 from .rules import IDENTITIES, PRODUCTS, RULES, Marker, RuleError
 
 if TYPE_CHECKING:
@@ -35,39 +38,6 @@ _EMPTY = {"empty_like", "new_empty"}  # what they hold before it is written coun
 _FILLED = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"}
 _SAME_ORDER = {*IDENTITIES, "squeeze", "unsqueeze", "view", "reshape"}  # of a weight's elements
 _LIKE = {"type_as": 0, "expand_as": 0, "view_as": 0, "to": 0, "copy": 1}  # a value, laid out as another is -> which
-
-
-@dataclass(frozen=True)
-class Forward:
-    """The model's own computation for one sample, as it was exported in eval mode.
-
-    Attributes:
-        graph: the ATen graph.
-        feeds: for each of its inputs: the name of a tensor of the network, a literal, or None for a model input.
-        keywords: names of the model inputs that are given by keyword, in order.
-        outputs: which of its outputs, counted as leaves, are those of the network.
-    """
-
-    graph: fx.GraphModule
-    feeds: tuple[str | Tensor | None, ...]
-    keywords: tuple[str, ...]
-    outputs: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where the model computes what a node records: the operator, and the value that enters an activation."""
-
-    operator: str
-    entering: str = ""
-
-
-@dataclass(frozen=True)
-class Choice:
-    """Where the model's integer inputs choose a node's fixed numbers: the operator, its arguments as expressions."""
-
-    operator: str
-    arguments: Mapping[str, Expression]
 
 
 class Tracer:
@@ -90,6 +60,8 @@ class Tracer:
         self._of_shapes: dict[fx.Node, Expression] = {}  # constants in the shape or type of a flow
         self._reads_input: dict[fx.Node, bool] = {}
         self._asked: set[fx.Node] = set()  # placeholders that are the model's own inputs
+        self._routers: set[fx.Node] = set()  # products that experts are chosen by
+        self._routed: dict[fx.Node, bool] = {}
         self._position = {node: k for k, node in enumerate(self.graph.nodes)}
         specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs if hasattr(spec.arg, "name")}
         examples = iter(tree_leaves(program.example_inputs))
@@ -215,10 +187,12 @@ class Tracer:
             self._flows[node] = found
             for k in range(before, len(self.net.nodes)):
                 made = self.net.nodes[k]
-                if isinstance(made, (Norm, Product)) or (isinstance(made, Pool) and made.kind == "max"):
+                is_known = isinstance(made, (Norm, Product)) or (isinstance(made, Scale) and made.recorded is not None)
+                if is_known or (isinstance(made, Pool) and made.kind == "max"):
                     self.net.recorded[k] = Place(node.name)
                 if not isinstance(made, (Input, Product, Softmax)):
                     self._note_choices(k, node)
+            expert_rules.note_routed(self, node, range(before, len(self.net.nodes)))
         except RuleError as error:
             raise self._refusal(node, error) from error
 
@@ -417,6 +391,8 @@ class Tracer:
             if self.operator(n) in PRODUCTS:
                 self._literals[n] = zeros_like_value(n)
                 self._reads_input[n] = False
+                self._routers.add(n)
+                self.net.routers.add(n.name)
                 continue
             before = [x for x in n.all_input_nodes if x in self._flows]
             if not before:
@@ -427,6 +403,20 @@ class Tracer:
                 break
             if n in self._literals or (n in self._flows and n.op == "call_function" and self._is_left_behind(n)):
                 self._flows.pop(n, None)
+
+    def is_routed(self, value: Any) -> bool:
+        """Whether a constant is what it is where every expert is chosen, and another where data choose.
+
+        The rows of a tensor that a choice selects are not: each expert's are its own.
+        """
+        if not isinstance(value, fx.Node) or value in self._flows:
+            return False
+        if value not in self._routed:
+            is_choice = value in self._routers
+            selects = value.op == "call_function" and self.operator(value) in ("index", "index_select")
+            asked = value.all_input_nodes[:1] if selects else value.all_input_nodes
+            self._routed[value] = is_choice or any(self.is_routed(a) for a in asked)
+        return self._routed[value]
 
     def _is_left_behind(self, n: fx.Node) -> bool:
         """Whether nothing that a value is computed from is a flow any more."""
