@@ -133,6 +133,19 @@ READ: dict[str, Architecture] = {
     "Ernie 4.5": Architecture("Ernie4_5ForCausalLM", "Ernie4_5Config", NARROW),
     "Hunyuan": Architecture("HunYuanDenseV1ForCausalLM", "HunYuanDenseV1Config", NARROW),
     "LFM2": Architecture("Lfm2ForCausalLM", "Lfm2Config", DECODER | {"layer_types": ["conv", "full_attention"]}),
+    "Mamba": Architecture("MambaForCausalLM", "MambaConfig", SMALL | TOKENS | {"state_size": 4, "vocab_size": 50}),
+    "Mamba 2": Architecture(
+        "Mamba2ForCausalLM",
+        "Mamba2Config",
+        SMALL
+        | TOKENS
+        | {"state_size": 4, "vocab_size": 50, "num_heads": 4, "head_dim": 8, "n_groups": 1, "chunk_size": 4},
+    ),
+    "RecurrentGemma": Architecture(
+        "RecurrentGemmaForCausalLM",
+        "RecurrentGemmaConfig",
+        NARROW | {"lru_width": 16, "block_types": ["recurrent", "attention"], "attention_window_size": 4},
+    ),
     "T5": Architecture("T5ForConditionalGeneration", "T5Config", T5, PAIRS),
     "T5, gated": Architecture(
         "T5ForConditionalGeneration",
@@ -278,32 +291,7 @@ REFUSED: dict[str, tuple[Architecture, str, str]] = {  # name -> model, the oper
         "rsqrt",
         "Qwen3NextGatedDeltaNet",
     ),
-    "Mamba": (
-        Architecture("MambaForCausalLM", "MambaConfig", SMALL | TOKENS | {"state_size": 4, "vocab_size": 50}),
-        "matmul",
-        "MambaMixer",
-    ),
-    "Mamba 2": (
-        Architecture(
-            "Mamba2ForCausalLM",
-            "Mamba2Config",
-            SMALL
-            | TOKENS
-            | {"state_size": 4, "vocab_size": 50, "num_heads": 4, "head_dim": 8, "n_groups": 1, "chunk_size": 4},
-        ),
-        "cumsum",
-        "Mamba2Mixer",
-    ),
     "RWKV": (Architecture("RwkvForCausalLM", "RwkvConfig", SMALL | TOKENS | {"vocab_size": 50}), "maximum", "RwkvSelf"),
-    "RecurrentGemma": (
-        Architecture(
-            "RecurrentGemmaForCausalLM",
-            "RecurrentGemmaConfig",
-            NARROW | {"lru_width": 16, "block_types": ["recurrent", "attention"], "attention_window_size": 4},
-        ),
-        "exp",
-        "RecurrentGemmaRglru",
-    ),
 }
 
 

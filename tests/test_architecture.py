@@ -48,7 +48,7 @@ FLOORS = [
     {
         *("ops", "sparse_ops", "masked", "masks"),
         *("rules", "wire_rules", "norm_rules", "complex_rules", "attention_rules", "expert_rules"),
-        *("product_rules", "tracer"),
+        *("product_rules", "scan_rules", "tracer"),
     },
     {"walk_ops"},
     {

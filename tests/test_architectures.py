@@ -87,7 +87,7 @@ def test_signed_flow_through_what_data_do_is_the_model(name: str) -> None:
         outs = [model(**{key: x[n : n + 1] for key, x in given.items()}) for n in range(2)]
     keys = [key for key in outs[0] if "logits" in key] or list(outs[0])
     for flow, key in zip(found, keys, strict=False):
-        wanted = torch.cat([out[key] for out in outs])  # models turn queries, and norm, in float32
+        wanted = torch.cat([out[key] for out in outs]).double()  # models turn queries, and norm, in float32
         allowed = 1e-6 * float(wanted.abs().max())
         torch.testing.assert_close(flow.reshape(wanted.shape), wanted, rtol=0, atol=allowed)
 

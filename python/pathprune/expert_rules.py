@@ -48,10 +48,13 @@ def note_routed(t: Tracer, node: fx.Node, made: Iterable[int]) -> None:
     """What a router makes that a flow meets: factors of rows, which data decide; no other can be followed."""
     for value in node.all_input_nodes:
         kind = value.meta["val"].dtype if isinstance(value.meta.get("val"), Tensor) else torch.int64
-        if not (kind.is_floating_point or kind == torch.bool) or not t.is_routed(value):
+        if not (kind.is_floating_point or kind == torch.bool) or not t.is_varying(value):
             continue
         if any(isinstance(t.net.nodes[k], Scale) and t.net.nodes[k].recorded is not None for k in made):  # type: ignore[attr-defined]
-            t.net.routed[value.name] = _routed(t, value)
+            if t.is_routed(value):
+                t.net.routed[value.name] = _routed(t, value)
+        elif not t.is_routed(value):
+            raise RuleError("an exponential of a flow, other than to multiply another flow with")
         else:
             t.net.mixed.update(made)
 

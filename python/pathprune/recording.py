@@ -3,9 +3,10 @@
 For an input x the network is linear along its open paths: ``f(x) = sum_p x_p a_p(x) v_p``, with ``a_p`` the product of
 the gates on p. A ReLU's gate is 1 or 0; of any activation through zero it is ``phi(z) / z`` (0 at z = 0); a max-pool
 lets the winner through; a norm has ``1 / sigma``. Attention weights P are the gate of the values, so nothing passes
-through queries and keys; so is a sigmoid, which does not pass zero, of what it multiplies, and the weight of an expert,
-zero where data do not choose it, of its rows. Any other product is ``(a [b] + [a] b) / 2``, with [.] what they are for
-the sample. Integers choose rows of an embedding, and paths begin at these.
+through queries and keys. So is a sigmoid, which does not pass zero, of what it multiplies; the weight of an expert,
+zero where data do not choose it, of its rows; the decay of a state, of that state. Any other product of two flows is
+``(a [b] + [a] b) / 2``, with [.] what they are for the sample. Integers choose rows of an embedding, and paths begin at
+these.
 
 Gates are recorded from the model itself, run on the masked weights. Bytes: a batch's activations once. Oracle: the
 model's output, which the signed flow through the gates gives again.

@@ -270,7 +270,7 @@ def _mul(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
     name = "other"
     if not t.is_flow(left):
         left, right, name = right, left, "self"
-    recorded: Recorder | None = (lambda found, tensors: found[name]) if t.is_routed(right) else None
+    recorded: Recorder | None = (lambda found, tensors: found[name]) if t.is_varying(right) else None
     return scaled(t, node, t.flow(left), t.constant(right), recorded)
 
 

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 _USER_INPUT = torch.export.graph_signature.InputKind.USER_INPUT
 _EMPTY = {"empty_like", "new_empty"}  # what they hold before it is written counts as zeros
 _FILLED = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"}
+_ZEROS = {"zeros", "zeros_like", "new_zeros"}
 _SAME_ORDER = {*IDENTITIES, "squeeze", "unsqueeze", "view", "reshape"}  # of a weight's elements
 _LIKE = {"type_as": 0, "expand_as": 0, "view_as": 0, "to": 0, "copy": 1}  # a value, laid out as another is -> which
 
@@ -61,7 +62,8 @@ class Tracer:
         self._reads_input: dict[fx.Node, bool] = {}
         self._asked: set[fx.Node] = set()  # placeholders that are the model's own inputs
         self._routers: set[fx.Node] = set()  # products that experts are chosen by
-        self._routed: dict[fx.Node, bool] = {}
+        self._held: set[fx.Node] = set()  # values of data that constants stand for
+        self._depends: dict[tuple[fx.Node, int], bool] = {}
         self._position = {node: k for k, node in enumerate(self.graph.nodes)}
         specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs if hasattr(spec.arg, "name")}
         examples = iter(tree_leaves(program.example_inputs))
@@ -404,19 +406,31 @@ class Tracer:
             if n in self._literals or (n in self._flows and n.op == "call_function" and self._is_left_behind(n)):
                 self._flows.pop(n, None)
 
-    def is_routed(self, value: Any) -> bool:
-        """Whether a constant is what it is where every expert is chosen, and another where data choose.
+    def hold(self, node: fx.Node, value: Expression) -> None:
+        """Makes a constant of a value that data decide."""
+        self._of_shapes[node] = value
+        self._held.add(node)
+        self._reads_input[node] = False
 
-        The rows of a tensor that a choice selects are not: each expert's are its own.
-        """
+    def is_routed(self, value: Any) -> bool:
+        """Whether a constant is what it is where every expert is chosen, and another where data choose."""
+        return self._is_made_of(value, self._routers, 0)
+
+    def is_varying(self, value: Any) -> bool:
+        """Whether data decide what a constant stands for: the weight of an expert, or a decay."""
+        return self.is_routed(value) or self._is_made_of(value, self._held, 1)
+
+    def _is_made_of(self, value: Any, origins: set[fx.Node], which: int) -> bool:
+        """Whether a constant is computed from others; the rows that a choice selects are not, nor what is zero."""
         if not isinstance(value, fx.Node) or value in self._flows:
             return False
-        if value not in self._routed:
-            is_choice = value in self._routers
-            selects = value.op == "call_function" and self.operator(value) in ("index", "index_select")
-            asked = value.all_input_nodes[:1] if selects else value.all_input_nodes
-            self._routed[value] = is_choice or any(self.is_routed(a) for a in asked)
-        return self._routed[value]
+        if (value, which) not in self._depends:
+            name = self.operator(value) if value.op == "call_function" else ""
+            asked = value.all_input_nodes[:1] if name in ("index", "index_select") else value.all_input_nodes
+            is_zero = name == "mul" and any(a.op == "call_function" and self.operator(a) in _ZEROS for a in asked)
+            found = value in origins or (not is_zero and any(self._is_made_of(a, origins, which) for a in asked))
+            self._depends[value, which] = found
+        return self._depends[value, which]
 
     def _is_left_behind(self, n: fx.Node) -> bool:
         """Whether nothing that a value is computed from is a flow any more."""

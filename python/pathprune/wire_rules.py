@@ -115,7 +115,7 @@ def moved(t: Tracer, node: fx.Node, wire: Wire) -> int:
 @rule(
     *("permute", "transpose", "t", "mT"),
     *("numpy_T", "movedim", "swapaxes", "squeeze", "unsqueeze", "slice", "select", "narrow", "index"),
-    *("index_select", "expand", "repeat", "repeat_interleave", "roll", "flip", "unfold"),
+    *("index_select", "expand", "repeat", "repeat_interleave", "roll", "flip", "unfold", "cumsum"),
     *("pixel_shuffle", "pixel_unshuffle", "channel_shuffle"),
     *("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d"),
     *("_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d"),
