@@ -163,6 +163,11 @@ READ: dict[str, Architecture] = {
     ),
     "ALBERT": Architecture("AlbertForSequenceClassification", "AlbertConfig", TEXT | {"embedding_size": 8}),
     "MPNet": Architecture("MPNetForSequenceClassification", "MPNetConfig", TEXT),
+    "DeBERTa": Architecture(
+        "DebertaV2ForSequenceClassification",
+        "DebertaV2Config",
+        TEXT | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
+    ),
     "ModernBERT": Architecture(
         "ModernBertForSequenceClassification",
         "ModernBertConfig",
@@ -207,6 +212,9 @@ READ: dict[str, Architecture] = {
         {"image_size": 32, "width_coefficient": 0.25, "depth_coefficient": 0.3, "hidden_dim": 320},
         IMAGE,
     ),
+    "ConvNeXt V2": Architecture(
+        "ConvNextV2ForImageClassification", "ConvNextV2Config", STAGES | {"num_stages": 2}, IMAGE
+    ),
     "MobileNetV1": Architecture(
         "MobileNetV1ForImageClassification", "MobileNetV1Config", {"image_size": 32, "depth_multiplier": 0.25}, IMAGE
     ),
@@ -227,6 +235,8 @@ READ: dict[str, Architecture] = {
         | {"num_mel_bins": 8, "max_source_positions": 10, "max_target_positions": 16, "decoder_start_token_id": 1},
         SPECTRUM,
     ),
+    "Wav2Vec2": Architecture("Wav2Vec2ForCTC", "Wav2Vec2Config", HEARD, SOUND),
+    "HuBERT": Architecture("HubertForCTC", "HubertConfig", HEARD, SOUND),
     "LLaVA": Architecture(
         "LlavaForConditionalGeneration",
         "LlavaConfig",
@@ -257,22 +267,6 @@ REFUSED: dict[str, tuple[Architecture, str, str]] = {  # name -> model, the oper
         "mul",
         "Gemma3nTextModel",
     ),
-    "DeBERTa": (
-        Architecture(
-            "DebertaV2ForSequenceClassification",
-            "DebertaV2Config",
-            TEXT | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
-        ),
-        "gather",
-        "DisentangledSelfAttention",
-    ),
-    "ConvNeXt V2": (
-        Architecture("ConvNextV2ForImageClassification", "ConvNextV2Config", STAGES | {"num_stages": 2}, IMAGE),
-        "mean",
-        "ConvNextV2GRN",
-    ),
-    "Wav2Vec2": (Architecture("Wav2Vec2ForCTC", "Wav2Vec2Config", HEARD, SOUND), "conv1d", "ParametrizedConv1d"),
-    "HuBERT": (Architecture("HubertForCTC", "HubertConfig", HEARD, SOUND), "conv1d", "ParametrizedConv1d"),
     "MiniMax": (
         Architecture("MiniMaxForCausalLM", "MiniMaxConfig", NARROW | {"num_local_experts": 4}),
         "matmul",

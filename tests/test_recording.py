@@ -281,6 +281,13 @@ def test_a_sigmoid_counts_squared_and_what_enters_it_nothing() -> None:
     torch.testing.assert_close(passed, torch.einsum("nki,mli->nkml", rows, rows), rtol=1e-10, atol=1e-12)
 
 
+def test_bicubic_entries_keep_their_signs() -> None:
+    """Of which paths have the absolute values, and their squares."""
+    model = Between(lambda x: F.interpolate(x.unflatten(-1, (3, 2)), size=(4, 3), mode="bicubic").flatten(2), width=6)
+    model.last = nn.Linear(12, 2)
+    is_the_model(model, drawn(3, 4, 5))
+
+
 class Attention(nn.Module):
     """Four query heads over six tokens, attention in several forms."""
 
@@ -299,7 +306,15 @@ class Attention(nn.Module):
 SOFT = drawn(6, 6, seed=8)
 BARRED = SOFT < 1
 BARRED[2] = False  # a token that may attend to none
+PLACES, NEAR = drawn(4, 3, 2, seed=9), torch.tensor([[min(max(j - i, -1), 1) + 1 for j in range(6)] for i in range(6)])
 fused = F.scaled_dot_product_attention
+
+
+def placed(q: Tensor, k: Tensor) -> Tensor:
+    """What tokens have in common with each other, and with how far they are apart, by both."""
+    near = NEAR.expand(len(q), 4, 6, 6)
+    ahead = torch.gather(q @ PLACES.mT, -1, near)
+    return q @ k.mT + ahead + torch.gather(k @ PLACES.mT, -1, near).mT / 2
 
 
 def batched(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -323,6 +338,7 @@ ATTENTIONS: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Tensor], int]] = 
     ),
     "turned": (lambda q, k, v: (v.mT @ (k @ q.mT).softmax(-2)).mT, 4),
     "batched": (batched, 4),
+    "with positions": (lambda q, k, v: placed(q, k).softmax(-1) @ v, 4),
     "rolled out": (lambda q, k, v: (q @ k.mT).softmax(-1) @ (k @ q.mT).softmax(-1) @ v, 4),
 }
 
@@ -330,6 +346,19 @@ ATTENTIONS: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Tensor], int]] = 
 @pytest.mark.parametrize("name", ATTENTIONS)
 def test_attention(name: str) -> None:
     is_the_model(Attention(*ATTENTIONS[name]), drawn(3, 6, 8))
+
+
+def test_similarities_with_positions_have_no_path() -> None:
+    """They are zero where queries and keys are: uniform attention, of which these have their share."""
+    found = [
+        pp.scores(Attention(form).double(), pp.SynFlow(policy="paths"), example_input=torch.ones(1, 6, 8).double())
+        for form in (ATTENTIONS["with positions"][0], fused)
+    ]
+    assert found[0].log2_R == pytest.approx(found[1].log2_R, abs=1e-12)
+    for name in ("q.weight", "k.weight", "v.weight", "o.weight"):
+        first, second = (each.double(name) for each in found)
+        assert float(first.min()) > 0
+        torch.testing.assert_close(first, second, rtol=1e-12, atol=0)
 
 
 def test_attention_weights_count_squared_and_queries_nothing() -> None:

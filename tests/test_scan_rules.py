@@ -185,8 +185,6 @@ LINEAR = {
     "running sums": lambda m, x: m.first(x).cumsum(1),
     "a matrix first": lambda m, x: m.first.weight @ m.other(x).mT,
     "a matrix first, turned": lambda m, x: m.first.weight.T @ m.other(x).mT,
-    "einsum with a constant": lambda m, x: torch.einsum("nti,tij->nj", m.first(x), SOME),
-    "einsum of a constant": lambda m, x: torch.einsum("tij,nti->tjn", SOME, m.first(x)),
     "einsum with a decay": lambda m, x: torch.einsum("nti,ntj->nij", m.first(x), torch.exp(m.other(x))),
     "scaled by an exponential": lambda m, x: m.other(x) * torch.exp(m.first(x).tanh()),
     "decays of decays": lambda m, x: m.first(x) * (1 - torch.exp(2 * torch.log_softmax(m.other.bias, 0))).sqrt(),
@@ -207,8 +205,9 @@ REFUSED = {
     "added": (lambda m, x: m.first(x) + torch.exp(m.other(x)), "an exponential of a flow, other than to multiply"),
     "of the input": (lambda m, x: m.first(x) * torch.exp(x), "an exponential of the model's input itself"),
     "alone": (lambda m, x: m.first(torch.exp(m.other(x))), "no output of the model depends on"),
-    "ellipsis": (lambda m, x: torch.einsum("...i,i->...", m.first(x), SOME[0, :, 0]), "an einsum with an ellipsis"),
-    "three": (lambda m, x: torch.einsum("nti,i,i->nt", m.first(x), *SOME[0].T), "other than a product of two values"),
+    "twice": (lambda m, x: torch.einsum("nii,nij->ij", m.first(x) @ x.mT, torch.exp(m.other(x))), "an axis twice in"),
+    "a weight": (lambda m, x: torch.einsum("nti,ij->ntj", x, m.first.weight), "other than a product of two flows"),
+    "three": (lambda m, x: torch.einsum("nti,i,i->nt", m.first(x), *SOME[0].T), "other than a product of two flows"),
     "some rows first": (lambda m, x: m.first.weight[:2] @ x.mT, "some rows of a matrix times a flow"),
 }
 

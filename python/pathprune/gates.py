@@ -14,13 +14,14 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .flow import PathFlow, largest_magnitude
+from .flow import PathFlow
 from .network import PathNetwork
 from .nodes import Expression, Gate, Node, Norm, Pool, Product, Scale, Synapse, geometry_of, parts_of
 from .ops import WeightMap
 from .policy import Policy
 from .pruned_convolution import counting_convolution, pruned_convolution
 from .recording import Recording, opened
+from .scaled import largest_magnitude
 from .select import Bracket
 from .weights import Scaled, Weight
 

@@ -86,12 +86,14 @@ class Shift(Node):
 class Norm(Node):
     """A norm without running statistics: divides by the RMS of the entering flow over ``dims``, held fixed.
 
-    ``groups``: channels are split into that many groups first (group norm); 0 means none. ``recorded`` gives what the
-    model itself multiplies with, ``1 / sigma``, over the factors of the scales behind; None where samples share it.
+    ``groups``: channels are split into that many groups first (group norm); 0 means none. ``among``: multiplies by the
+    RMS instead, over the mean of what it is along these axes (global response normalisation). ``recorded`` gives what
+    the model itself multiplies with, ``1 / sigma``, over the factors of the scales behind; None where samples share it.
     """
 
     dims: tuple[int, ...] = field(kw_only=True)
     groups: int = field(default=0, kw_only=True)
+    among: tuple[int, ...] = field(default=(), kw_only=True)
     recorded: Recorder | None = field(default=None, kw_only=True)
 
 

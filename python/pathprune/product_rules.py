@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 BETWEEN = {  # what models do to similarities before their softmax
     *(*IDENTITIES, "add", "sub", "mul", "div", "masked_fill", "where", "view", "reshape", "_unsafe_view"),
     *("tanh", "clamp", "cat", "max", "amax", "getitem"),
+    *("gather", "transpose", "permute", "mT"),  # of similarities with positions
 }
 
 
@@ -126,11 +127,10 @@ def _baddbmm(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int | Compared:
 @rule("einsum")
 def _einsum(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
     equation, operands = a["equation"], a["tensors"]
-    if len(operands) == 2 and t.is_flow(operands[0]) != t.is_flow(operands[1]):
-        flow_first = t.is_flow(operands[0])
-        return contracted(t, node, equation, flow_first, *(operands if flow_first else reversed(operands)))
-    if len(operands) != 2:
-        raise RuleError("other than a product of two values")
+    if len(operands) == 2 and any(t.is_flow(x) for x in operands) and any(t.is_varying(x) for x in operands):
+        return contracted(t, node, equation, operands)
+    if len(operands) != 2 or not all(t.is_flow(x) for x in operands):
+        raise RuleError("other than a product of two flows")
     flows = (t.flow(operands[0]), t.flow(operands[1]))
     product = Product(
         flows,

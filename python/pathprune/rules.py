@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, fx
 
+from .graph_values import arguments_of
 from .nodes import (
     Expression,
     Gate,
@@ -134,11 +135,10 @@ def by_matrix(t: Tracer, node: fx.Node, value: Any, matrix: Any, out: int, bias:
 
 @rule("conv1d", "conv2d", "conv3d")
 def _conv(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
-    weight = t.weight(a["weight"])
-    n = len(t.net.tensors[weight].shape) - 2
+    n = len(t.shape(a["weight"])) - 2
     dilation = axes_tuple(a["dilation"], n)
     flow = t.flow(a["input"])
-    kernel = t.net.tensors[weight].shape[2:]
+    kernel = t.shape(a["weight"])[2:]
     padding = a["padding"]
     if padding == "valid":
         padding = 0
@@ -148,7 +148,37 @@ def _conv(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
             flow = _padded(t, node, flow, [amount % 2 for amount in total])
         padding = [amount // 2 for amount in total]
     options = {"stride": axes_tuple(a["stride"], n), "padding": axes_tuple(padding, n), "dilation": dilation}
+    if _is_normed_across(t, a["weight"]):
+        every = (*options.values(), False, (0,) * n, a["groups"])
+        index = _fixed_convolution(t, node, flow, t.constant(a["weight"]), every)
+        return shifted(t, node, index, a["bias"], -1 - n)
+    weight = t.weight(a["weight"])
     return weighted(t, node, flow, weight, a["bias"], -1 - n, form="conv", groups=a["groups"], **options)
+
+
+def _is_normed_across(t: Tracer, weight: Any) -> bool:
+    """Weight norm over other axes than rows.
+
+    Over rows, ``w = g v / |v|``, a row of which all is pruned would be 0 / 0: such a weight is refused as others are
+    that the model computes.
+    """
+    is_made = isinstance(weight, fx.Node) and weight.op == "call_function"
+    return is_made and t.operator(weight) == "_weight_norm" and arguments_of(weight)["dim"] != 0
+
+
+def _fixed_convolution(t: Tracer, node: fx.Node, flow: int, weight: Expression, geometry: tuple[Any, ...]) -> int:
+    """By a weight that is no parameter: a fixed map, its entries above zero less those below."""
+    tensors = t.net.tensors
+
+    def part(sign: int) -> int:
+        def apply(xs: Sequence[Tensor], power: float) -> Tensor:
+            w = (sign * weight(tensors).detach()).clamp(min=0).to(xs[0])
+            return torch.convolution(xs[0], torch.where(w > 0, w**power, w), None, *geometry)
+
+        return t.add(Wire((flow,), t.shape(node), apply=apply), node)
+
+    below = t.add(Scale((part(-1),), t.shape(node), factor=t.constant(-1)), node)
+    return t.add(Sum((part(1), below), t.shape(node)), node)
 
 
 def _padded(t: Tracer, node: fx.Node, flow: int, far: Sequence[int]) -> int:

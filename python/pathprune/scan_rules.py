@@ -20,12 +20,13 @@ with the decays held fixed; the model's output, which signed flow through the ga
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
 
-from .nodes import Expression, Recorder, Reduce, Scale, Wire
+from .nodes import Reduce, Scale, Tensors, Wire
 from .rules import PRODUCTS, RuleError, rule
 
 if TYPE_CHECKING:
@@ -56,15 +57,16 @@ def _exp(t: Tracer, node: fx.Node, a: dict[str, Any]) -> None:
     t.hold(node, t.constant(node, zero=zero, through=between))
 
 
-def contracted(t: Tracer, node: fx.Node, equation: str, flow_first: bool, flow: Any, constant: Any) -> int:
-    """``einsum`` of a flow and a constant: the flow times the constant along all their axes, and sums."""
+def contracted(t: Tracer, node: fx.Node, equation: str, operands: Sequence[Any]) -> int:
+    """``einsum`` of a flow and what it decays by: their product along all their axes, and sums."""
+    place = 0 if t.is_flow(operands[1]) else 1  # of the decay
+    flow, decay = operands[1 - place], operands[place]
     entering, leaving = equation.replace(" ", "").split("->")
-    left, right = entering.split(",")
-    own, other = (left, right) if flow_first else (right, left)
+    own, other = entering.split(",")[1 - place], entering.split(",")[place]
     axes = [*leaving, *(axis for axis in dict.fromkeys(own + other) if axis not in leaving)]
     if "." in equation or any(len(set(names)) < len(names) for names in (own, other, leaving)):
         raise RuleError("an einsum with an ellipsis, or an axis twice in one term")
-    sizes = dict(zip(own, t.shape(flow), strict=True)) | dict(zip(other, t.shape(constant), strict=True))
+    sizes = dict(zip(own, t.shape(flow), strict=True)) | dict(zip(other, t.shape(decay), strict=True))
 
     def laid(x: Tensor, names: str) -> Tensor:
         """Its axes in the order of ``axes``, of size 1 where it has none."""
@@ -72,11 +74,11 @@ def contracted(t: Tracer, node: fx.Node, equation: str, flow_first: bool, flow: 
         return x.reshape([sizes[axis] if axis in names else 1 for axis in axes])
 
     shape = torch.Size(sizes[axis] if axis in own else 1 for axis in axes)
-    value: Expression = t.constant(constant)
-    recorded: Recorder | None = None
-    if t.is_varying(constant):
-        place = 1 if flow_first else 0
-        recorded = lambda found, tensors: laid(found["tensors"][place], other)  # noqa: E731
+    value = t.constant(decay)
+
+    def recorded(found: Mapping[str, Any], tensors: Tensors) -> Tensor:
+        return laid(found["tensors"][place], other)
+
     index = t.add(Wire((t.flow(flow),), shape, apply=lambda xs, p: laid(xs[0], own)), node)
     every = torch.Size(sizes[axis] for axis in axes)
     factor = Scale((index,), every, factor=lambda tensors: laid(value(tensors), other), recorded=recorded)
