@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from pathprune.ops import WeightMap
 from pathprune.recording import record
 from test_expert_rules import EXPERTS, OUT, ROUTERS, WIDTH, Mixture
 from test_recording import drawn, through_gates
+from test_scan_rules import Decaying
 from test_transformers import half
 
 
@@ -79,6 +81,18 @@ class Dense(nn.Module):
 @pytest.mark.parametrize("before", [True, False])
 def test_signed_flow_is_the_model_where_all_rows_go_to_all_experts(before: bool) -> None:
     is_each(Dense(before).double(), 3 * drawn(4, 6, WIDTH))
+
+
+def test_experts_that_are_given_their_rows_make_what_each_row_makes_with_its_matrix() -> None:
+    model, x = doubled(ROUTERS["softmax first"][0]), drawn(3, 6, WIDTH)
+    network = PathNetwork.from_module(model, x)
+    assert len(network.by_rows) == 2
+    first = record(network, Batch((x,), {}, None), {}, "test")
+    network.by_rows = {}
+    second = record(network, Batch((x,), {}, None), {}, "test")
+    assert first.gates.keys() == second.gates.keys()
+    torch.testing.assert_close(first.gates, second.gates, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(first.outputs, second.outputs, rtol=1e-12, atol=1e-14)
 
 
 # ----------------------------------------------------------------------------------------------- path by path
@@ -167,6 +181,25 @@ def test_kernel_with_routing_held_is_that_of_detached_weights() -> None:
     assert pp.ntk_trace(model, [x], hold_gates=True) == pytest.approx(float(jacobian.square().sum()), rel=1e-11)
     with pytest.raises(ValueError, match="ntk: model: wanted gates that move by steps"):
         pp.ntk(model, x)
+
+
+@pytest.mark.parametrize("make", [OneOfTwo, Decaying])
+def test_what_data_weight_is_1_in_the_other_factor_of_the_bound(make: Callable[[], nn.Module]) -> None:
+    """Routing weights and decays are below 1: counted in both factors, the bound would not be one."""
+    model = make().double()
+    x = drawn(3, 2) if make is OneOfTwo else drawn(3, 3, 2)
+    model.requires_grad_(False)
+    for p in model.parameters():
+        p.data.abs_()
+    trace = pp.ntk_trace(model, [x.abs()], hold_gates=True)
+    bound = 2.0 ** pp.ntk_trace_bound(model, [x.abs()], hold_gates=True)
+    assert 0 < trace <= bound
+    one = PathNetwork.from_module(model, x)
+    shares = [k for k in one.alive if getattr(one.nodes[k], "recorded", None) is not None]
+    assert shares
+    for k in shares:
+        one.nodes[k] = replace(one.nodes[k], factor=lambda tensors: torch.tensor(1e-3).double())
+    assert 2.0 ** pp.ntk_trace_bound(one, [x.abs()], hold_gates=True) == pytest.approx(bound, rel=1e-12)
 
 
 def data_factor(real: dict[str, Tensor], kept: dict[str, Tensor], rows: Tensor, route: Callable[..., Any]) -> Tensor:

@@ -50,9 +50,9 @@ class Recording:
             the rows that integer inputs choose of an embedding.
         outputs: the model's, those of the network, [N, *shape] each.
         gates: node -> [N, *shape]: a ReLU's output (it is open where that is above 0); the factor of any other
-            activation, and of a norm (this one broadcasts); of a max-pool the winners' flat positions, int64 (-1: no
-            one's). Of a product: position of a factor -> what it is multiplied with, half of the other factor's value,
-            or all of it where no path passes the other.
+            activation, and of a norm, an expert's weight or a decay (these broadcast); of a max-pool the winners' flat
+            positions, int64 (-1: no one's). Of a product: position of a factor -> what it is multiplied with, half of
+            the other factor's value, or all of it where no path passes the other.
         is_paired: gates are products of two samples' gates, so that squared they count once.
     """
 
