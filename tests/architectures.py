@@ -133,6 +133,19 @@ READ: dict[str, Architecture] = {
     "Ernie 4.5": Architecture("Ernie4_5ForCausalLM", "Ernie4_5Config", NARROW),
     "Hunyuan": Architecture("HunYuanDenseV1ForCausalLM", "HunYuanDenseV1Config", NARROW),
     "LFM2": Architecture("Lfm2ForCausalLM", "Lfm2Config", DECODER | {"layer_types": ["conv", "full_attention"]}),
+    "Mamba": Architecture("MambaForCausalLM", "MambaConfig", SMALL | TOKENS | {"state_size": 4, "vocab_size": 50}),
+    "Mamba 2": Architecture(
+        "Mamba2ForCausalLM",
+        "Mamba2Config",
+        SMALL
+        | TOKENS
+        | {"state_size": 4, "vocab_size": 50, "num_heads": 4, "head_dim": 8, "n_groups": 1, "chunk_size": 4},
+    ),
+    "RecurrentGemma": Architecture(
+        "RecurrentGemmaForCausalLM",
+        "RecurrentGemmaConfig",
+        NARROW | {"lru_width": 16, "block_types": ["recurrent", "attention"], "attention_window_size": 4},
+    ),
     "T5": Architecture("T5ForConditionalGeneration", "T5Config", T5, PAIRS),
     "T5, gated": Architecture(
         "T5ForConditionalGeneration",
@@ -150,6 +163,11 @@ READ: dict[str, Architecture] = {
     ),
     "ALBERT": Architecture("AlbertForSequenceClassification", "AlbertConfig", TEXT | {"embedding_size": 8}),
     "MPNet": Architecture("MPNetForSequenceClassification", "MPNetConfig", TEXT),
+    "DeBERTa": Architecture(
+        "DebertaV2ForSequenceClassification",
+        "DebertaV2Config",
+        TEXT | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
+    ),
     "ModernBERT": Architecture(
         "ModernBertForSequenceClassification",
         "ModernBertConfig",
@@ -194,6 +212,9 @@ READ: dict[str, Architecture] = {
         {"image_size": 32, "width_coefficient": 0.25, "depth_coefficient": 0.3, "hidden_dim": 320},
         IMAGE,
     ),
+    "ConvNeXt V2": Architecture(
+        "ConvNextV2ForImageClassification", "ConvNextV2Config", STAGES | {"num_stages": 2}, IMAGE
+    ),
     "MobileNetV1": Architecture(
         "MobileNetV1ForImageClassification", "MobileNetV1Config", {"image_size": 32, "depth_multiplier": 0.25}, IMAGE
     ),
@@ -214,6 +235,8 @@ READ: dict[str, Architecture] = {
         | {"num_mel_bins": 8, "max_source_positions": 10, "max_target_positions": 16, "decoder_start_token_id": 1},
         SPECTRUM,
     ),
+    "Wav2Vec2": Architecture("Wav2Vec2ForCTC", "Wav2Vec2Config", HEARD, SOUND),
+    "HuBERT": Architecture("HubertForCTC", "HubertConfig", HEARD, SOUND),
     "LLaVA": Architecture(
         "LlavaForConditionalGeneration",
         "LlavaConfig",
@@ -244,22 +267,6 @@ REFUSED: dict[str, tuple[Architecture, str, str]] = {  # name -> model, the oper
         "mul",
         "Gemma3nTextModel",
     ),
-    "DeBERTa": (
-        Architecture(
-            "DebertaV2ForSequenceClassification",
-            "DebertaV2Config",
-            TEXT | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
-        ),
-        "gather",
-        "DisentangledSelfAttention",
-    ),
-    "ConvNeXt V2": (
-        Architecture("ConvNextV2ForImageClassification", "ConvNextV2Config", STAGES | {"num_stages": 2}, IMAGE),
-        "mean",
-        "ConvNextV2GRN",
-    ),
-    "Wav2Vec2": (Architecture("Wav2Vec2ForCTC", "Wav2Vec2Config", HEARD, SOUND), "conv1d", "ParametrizedConv1d"),
-    "HuBERT": (Architecture("HubertForCTC", "HubertConfig", HEARD, SOUND), "conv1d", "ParametrizedConv1d"),
     "MiniMax": (
         Architecture("MiniMaxForCausalLM", "MiniMaxConfig", NARROW | {"num_local_experts": 4}),
         "matmul",
@@ -278,32 +285,7 @@ REFUSED: dict[str, tuple[Architecture, str, str]] = {  # name -> model, the oper
         "rsqrt",
         "Qwen3NextGatedDeltaNet",
     ),
-    "Mamba": (
-        Architecture("MambaForCausalLM", "MambaConfig", SMALL | TOKENS | {"state_size": 4, "vocab_size": 50}),
-        "matmul",
-        "MambaMixer",
-    ),
-    "Mamba 2": (
-        Architecture(
-            "Mamba2ForCausalLM",
-            "Mamba2Config",
-            SMALL
-            | TOKENS
-            | {"state_size": 4, "vocab_size": 50, "num_heads": 4, "head_dim": 8, "n_groups": 1, "chunk_size": 4},
-        ),
-        "cumsum",
-        "Mamba2Mixer",
-    ),
     "RWKV": (Architecture("RwkvForCausalLM", "RwkvConfig", SMALL | TOKENS | {"vocab_size": 50}), "maximum", "RwkvSelf"),
-    "RecurrentGemma": (
-        Architecture(
-            "RecurrentGemmaForCausalLM",
-            "RecurrentGemmaConfig",
-            NARROW | {"lru_width": 16, "block_types": ["recurrent", "attention"], "attention_window_size": 4},
-        ),
-        "exp",
-        "RecurrentGemmaRglru",
-    ),
 }
 
 

@@ -48,7 +48,7 @@ FLOORS = [
     {
         *("ops", "sparse_ops", "masked", "masks"),
         *("rules", "wire_rules", "norm_rules", "complex_rules", "attention_rules", "expert_rules"),
-        *("product_rules", "tracer"),
+        *("product_rules", "scan_rules", "tracer"),
     },
     {"walk_ops"},
     {
@@ -76,6 +76,7 @@ FLOORS = [
         "tangent",
         "gates",
         "recording",
+        "routing",
         "path_sampling",
         "summed_weights",
         "routed_flow",

@@ -311,11 +311,6 @@ def test_every_expert_is_scored_with_equal_weight_and_the_router_is_not() -> Non
     assert 2**log2_total == pytest.approx(float(model.experts.sum()) / 2)
 
 
-def test_recorded_gates_refuse_a_choice_of_experts() -> None:
-    with pytest.raises(ValueError, match="PX: model: wanted one whose data chooses no experts, got topk"):
-        pp.prune(Routed(), pp.PX([torch.rand(4, 3)], rounds=2), density=0.5, example_input=torch.ones(1, 3))
-
-
 def test_experts_on_several_ranks_are_refused() -> None:
     synapse = kinds.Synapse((0,), torch.Size((1, 2, 1, 4)), weight="experts", form="experts", groups=2)
     with pytest.raises(ValueError, match="'experts': wanted experts' weights whole, got rows on several ranks"):

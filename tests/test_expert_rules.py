@@ -270,9 +270,9 @@ def test_what_has_no_meaning_is_refused_by_name(case: str) -> None:
 def test_a_report_says_all_that_is_refused_and_nothing_that_follows_from_it() -> None:
     def two(m: Any, x: Tensor) -> Tensor:
         a = (m.first(x) / x.sum()).sqrt().sin()  # of which the root and the sine are not reached
-        return a + torch.cumsum(x, 1) + x.masked_fill(m.first.bias > 0, 1.0)
+        return a + torch.cumprod(x, 1) + x.masked_fill(m.first.bias > 0, 1.0)
 
     report = PathNetwork.support_report(Does(two), torch.rand(1, WIDTH))
-    assert report.missing() == ["cumsum", "sin"]
+    assert report.missing() == ["cumprod", "sin"]
     assert [use.split(" in ")[0] for use in report.refused] == ["div", "masked_fill"]
     assert "a division by a flow" in report.refused[0]

@@ -102,7 +102,7 @@ REFUSED = {
         lambda m, x: torch.bmm(m.inner.weight[None], x[:, :, None]),
         "the weight is computed by the model",
     ),
-    "constant times flow": (lambda m, x: m.inner.weight @ x.T, "a constant matrix times a flow"),
+    "constant times flow": (lambda m, x: m.inner.bias @ x.T, "a constant matrix times a flow"),
     "computed weight": (lambda m, x: F.linear(x, m.inner.weight * 2), "the weight is computed by the model"),
     "vector": (lambda m, x: x @ m.inner.bias, r"wanted a matrix as the weight, got shape \(4,\)"),
     "scaled product": (lambda m, x: torch.addmm(x, x, m.inner.weight, beta=2), "beta and alpha other than 1"),

@@ -242,6 +242,11 @@ PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "in place": lambda a, b: a.mul_(b),
     "gated by SiLU": lambda a, b: F.silu(a) * b,
     "gated by ReLU": lambda a, b: b * torch.relu(a),
+    "gated by a sigmoid": lambda a, b: a * b.sigmoid(),
+    "gated by a shifted sigmoid": lambda a, b: (2 * b.sigmoid() - 0.3) * a,
+    "gated by halves": lambda a, b: F.glu(torch.cat([a, b], -1)),
+    "gated by a softmax": lambda a, b: torch.softmax(a, -1) * b,
+    "squeezed": lambda a, b: a * F.softplus(b.mean(1, keepdim=True)),
     "gated by normed": lambda a, b: F.layer_norm(a, (6,)) * b,
     "linear attention": lambda a, b: torch.relu(a) @ (torch.relu(b).mT @ b),
     "einsum": lambda a, b: torch.einsum("nid,nie->nde", a, b),
@@ -258,6 +263,29 @@ def test_a_product_counts_half_of_each_factor_squared() -> None:
     halves = (model.first(x).square() + model.other(x).square()).sum(1, keepdim=True) / 4
     expected = (x.square().sum(1, keepdim=True) * halves).detach().expand(3, 2)
     torch.testing.assert_close(through_gates(model, x, WeightMap.ONE)[0], expected)
+
+
+def test_a_sigmoid_counts_squared_and_what_enters_it_nothing() -> None:
+    model, x = Pair(PRODUCTS["gated by halves"]).double(), drawn(3, 5)
+    gates = torch.sigmoid(model.other(x)).square().sum(1, keepdim=True)
+    expected = (x.square().sum(1, keepdim=True) * gates).detach().expand(3, 2)
+    torch.testing.assert_close(through_gates(model, x, WeightMap.ONE)[0], expected)
+    passed = pp.ntk(model, x, hold_gates=True)
+    gate = torch.sigmoid(model.other(x)).detach()
+    leaves = [model.first.weight, model.last.weight]  # nothing by the gate's own
+    outs = model.last(model.first(x) * gate)
+    jacobian = [
+        torch.cat([g.flatten() for g in torch.autograd.grad(out, leaves, retain_graph=True)]) for out in outs.flatten()
+    ]
+    rows = torch.stack(jacobian).unflatten(0, (3, 2))
+    torch.testing.assert_close(passed, torch.einsum("nki,mli->nkml", rows, rows), rtol=1e-10, atol=1e-12)
+
+
+def test_bicubic_entries_keep_their_signs() -> None:
+    """Of which paths have the absolute values, and their squares."""
+    model = Between(lambda x: F.interpolate(x.unflatten(-1, (3, 2)), size=(4, 3), mode="bicubic").flatten(2), width=6)
+    model.last = nn.Linear(12, 2)
+    is_the_model(model, drawn(3, 4, 5))
 
 
 class Attention(nn.Module):
@@ -278,7 +306,15 @@ class Attention(nn.Module):
 SOFT = drawn(6, 6, seed=8)
 BARRED = SOFT < 1
 BARRED[2] = False  # a token that may attend to none
+PLACES, NEAR = drawn(4, 3, 2, seed=9), torch.tensor([[min(max(j - i, -1), 1) + 1 for j in range(6)] for i in range(6)])
 fused = F.scaled_dot_product_attention
+
+
+def placed(q: Tensor, k: Tensor) -> Tensor:
+    """What tokens have in common with each other, and with how far they are apart, by both."""
+    near = NEAR.expand(len(q), 4, 6, 6)
+    ahead = torch.gather(q @ PLACES.mT, -1, near)
+    return q @ k.mT + ahead + torch.gather(k @ PLACES.mT, -1, near).mT / 2
 
 
 def batched(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -302,6 +338,7 @@ ATTENTIONS: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Tensor], int]] = 
     ),
     "turned": (lambda q, k, v: (v.mT @ (k @ q.mT).softmax(-2)).mT, 4),
     "batched": (batched, 4),
+    "with positions": (lambda q, k, v: placed(q, k).softmax(-1) @ v, 4),
     "rolled out": (lambda q, k, v: (q @ k.mT).softmax(-1) @ (k @ q.mT).softmax(-1) @ v, 4),
 }
 
@@ -309,6 +346,19 @@ ATTENTIONS: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Tensor], int]] = 
 @pytest.mark.parametrize("name", ATTENTIONS)
 def test_attention(name: str) -> None:
     is_the_model(Attention(*ATTENTIONS[name]), drawn(3, 6, 8))
+
+
+def test_similarities_with_positions_have_no_path() -> None:
+    """They are zero where queries and keys are: uniform attention, of which these have their share."""
+    found = [
+        pp.scores(Attention(form).double(), pp.SynFlow(policy="paths"), example_input=torch.ones(1, 6, 8).double())
+        for form in (ATTENTIONS["with positions"][0], fused)
+    ]
+    assert found[0].log2_R == pytest.approx(found[1].log2_R, abs=1e-12)
+    for name in ("q.weight", "k.weight", "v.weight", "o.weight"):
+        first, second = (each.double(name) for each in found)
+        assert float(first.min()) > 0
+        torch.testing.assert_close(first, second, rtol=1e-12, atol=0)
 
 
 def test_attention_weights_count_squared_and_queries_nothing() -> None:
@@ -370,10 +420,8 @@ def refuses(model: nn.Module, x: Tensor, match: str) -> None:
 
 def test_models_without_gates_are_refused_by_name() -> None:
     x = torch.randn(3, 4, 5)
-    refuses(
-        Pair(lambda a, b: a * b.sigmoid()), x, r"PX: model: wanted activations through zero, got sigmoid in .*sigmoid"
-    )
-    refuses(Between(lambda x: F.glu(torch.cat([x, x], -1))), x, r"PX: model: wanted products of .* got .*\(glu\)")
+    refuses(Between(torch.sigmoid), x, r"PX: model: wanted activations through zero, got sigmoid in .*sigmoid")
+    refuses(Pair(lambda a, b: a + b.sigmoid()), x, r"wanted activations through zero, got sigmoid in .*sigmoid")
     refuses(Between(lambda x: x.softmax(-1)), x, "activations through zero, got softmax")
     norm = nn.BatchNorm1d(4, track_running_stats=False)
     refuses(Between(norm), x, r"PX: model: wanted norms of each sample by itself, got .*\(batch_norm\) of a batch")

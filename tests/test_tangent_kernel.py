@@ -132,18 +132,18 @@ def test_the_bound_holds_and_is_what_it_says():
 def test_refusals():
     model, x = mlp()
 
-    class Sharpened(nn.Module):
-        """Bicubic interpolation has entries below zero, of which paths have the absolute values."""
+    class Larger(nn.Module):
+        """Zeros where a constant of the model is below them: what is filled in has no path."""
 
         def __init__(self) -> None:
             super().__init__()
-            self.a, self.b = nn.Conv2d(1, 2, 3), nn.Linear(32, 2)
+            self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.b(nn.functional.interpolate(self.a(x), size=(4, 4), mode="bicubic").flatten(1))
+            return self.b(torch.where(self.a.bias > 0, self.a(x), -1e4))
 
     with pytest.raises(ValueError, match="sum over its open paths"):
-        pp.ntk(Sharpened().double(), torch.randn(2, 1, 5, 5).double())
+        pp.ntk(Larger().double(), x)
     with pytest.raises(ValueError, match="gates that move by steps"):
         pp.ntk(nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2)).double(), x)
     with pytest.raises(TypeError, match="only once"):

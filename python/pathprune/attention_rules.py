@@ -6,8 +6,9 @@ is zero: uniformly, but for masks and position biases. The path flow of y is sha
 (``Policy.attention``), so that it is conserved and all three are scored.
 
 What a model does to similarities before their softmax has no path of its own: scale, mask, position bias, soft cap
-``c tanh(x / c)``, the largest taken off. A sink, a constant among the similarities that no value belongs to, takes its
-part of the attention, and no flow passes it.
+``c tanh(x / c)``, the largest taken off, similarities with positions that are added to those of tokens (they are zero
+where q and k are, and positions begin no path). A sink, a constant among the similarities that no value belongs to,
+takes its part of the attention, and no flow passes it.
 
 Bytes: attention weights once, as the model's own. Oracle: enumeration of a small block's paths; float64 autograd.
 """
@@ -111,8 +112,8 @@ def _softmax(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
         lowered = t.marker(node.args[0])
         flow = lowered.flow if isinstance(lowered, Lowered) else t.flow(node.args[0])
         return t.gate(Gate((flow,), shape, name="softmax"), node)
-    source, product, passed = found
-    at_zero = [source]
+    source, product, others, passed = found
+    at_zero = [source, *others]
     if t.operator(source) == "baddbmm":  # what is added lies in the same operator
         at_zero = list(source.all_input_nodes[1:])
         passed.add(source)
@@ -125,8 +126,11 @@ def _softmax(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
     return t.add(Softmax((product,), shape, weights=_attended(added, dim), dim=dim), node)
 
 
-def _similarities(t: Tracer, value: Any) -> tuple[fx.Node, int, set[fx.Node]] | None:
-    """``(the product of two flows that a softmax normalises, its path node, the values between)``, if it is the one."""
+def _similarities(t: Tracer, value: Any) -> tuple[fx.Node, int, list[fx.Node], set[fx.Node]] | None:
+    """``(the product of flows that a softmax normalises, its path node, those with constants, the values between)``.
+
+    None where there is no product, or not one of them alone is of two flows.
+    """
     passed: set[fx.Node] = set()
     found: dict[fx.Node, int] = {}
     asked = [value]
@@ -143,7 +147,10 @@ def _similarities(t: Tracer, value: Any) -> tuple[fx.Node, int, set[fx.Node]] | 
             return None
         passed.add(n)
         asked += flows
-    return (*found.popitem(), passed) if len(found) == 1 else None
+    own = [n for n in found if t.marker(n) is None] if len(found) > 1 else list(found)
+    if len(own) != 1:
+        return None
+    return own[0], found[own[0]], [n for n in found if n is not own[0]], passed
 
 
 def _contraction(t: Tracer, value: Any) -> int | None:

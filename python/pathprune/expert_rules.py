@@ -15,14 +15,15 @@ Oracle: the experts written as one linear layer each, with the same constants; f
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, fx
 
-from .nodes import Synapse, Wire
+from .graph_values import ByRows, Routed, arguments_of
+from .nodes import Scale, Synapse, Wire
 from .rules import IDENTITIES, Marker, RuleError, rule
 
 if TYPE_CHECKING:
@@ -38,6 +39,44 @@ def _topk(t: Tracer, node: fx.Node, a: dict[str, Any]) -> None:
     if a["k"] != t.shape(a["self"])[a["dim"]]:
         raise RuleError(f"a choice of {a['k']} that depends on data")
     t.detach(node)
+
+
+_SPREAD = ("scatter", "scatter_add", "index_put", "masked_scatter", "slice_scatter", "select_scatter", "one_hot")
+
+
+def note_routed(t: Tracer, node: fx.Node, made: Iterable[int]) -> None:
+    """What a router makes that a flow meets: factors of rows, which data decide; no other can be followed."""
+    for value in node.all_input_nodes:
+        kind = value.meta["val"].dtype if isinstance(value.meta.get("val"), Tensor) else torch.int64
+        if not (kind.is_floating_point or kind == torch.bool) or not t.is_varying(value):
+            continue
+        if any(isinstance(t.net.nodes[k], Scale) and t.net.nodes[k].recorded is not None for k in made):  # type: ignore[attr-defined]
+            if t.is_routed(value):
+                t.net.routed[value.name] = _routed(t, value)
+        elif not t.is_routed(value):
+            raise RuleError("an exponential of a flow, other than to multiply another flow with")
+        else:
+            t.net.mixed.update(made)
+
+
+def _routed(t: Tracer, value: fx.Node) -> Routed:
+    """Of which experts a value's elements are: those that a ``topk`` or ``gather`` behind it chose."""
+    asked, seen = [value], set()
+    while asked:
+        n = asked.pop()
+        if n in seen or n.op != "call_function" or t.operator(n) in _SPREAD or not t.is_routed(n):
+            continue
+        seen.add(n)
+        chosen: Any = None
+        if t.operator(n) == "topk":
+            chosen = next((user for user in n.users if user.args[1] == 1), None)
+        elif t.operator(n) == "gather":
+            chosen = n.args[2]
+        if chosen is not None:
+            dim = arguments_of(n)["dim"]
+            return Routed(chosen.name, t.constant(chosen), dim)
+        asked += reversed(n.all_input_nodes)
+    return Routed()
 
 
 _LAID_OUT = {*IDENTITIES, "view", "reshape", "_unsafe_view", "expand", "unsqueeze", "squeeze"}
@@ -119,6 +158,12 @@ def batched_product(t: Tracer, node: fx.Node, left: Any, right: Any) -> int:
         y = back(x)
         return y.mT if is_first else y
 
+    def product(x: Tensor, weights: Tensor) -> Tensor:
+        rows, matrices = given(x.mT if is_first else x), weights.to(x.dtype)
+        return leave(rows @ (matrices.mT if form == "experts" else matrices))
+
+    if chosen is not None and t.operator(node) != "baddbmm":
+        t.net.by_rows[node.name] = ByRows(flow.name, name, product)
     return t.add(Wire((index,), t.shape(node), apply=lambda xs, p: leave(xs[0])), node)
 
 

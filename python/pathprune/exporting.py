@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -42,8 +42,8 @@ class _EveryChoice(TorchFunctionMode):
 
 
 @contextmanager
-def _plainly(model: nn.Module) -> Iterator[None]:
-    """For the time of the export: no fused layers, no caches, experts without control flow, every expert chosen."""
+def _plainly(model: nn.Module, every_choice: bool) -> Iterator[None]:
+    """For the time of the export: no fused layers, no caches, experts without control flow, maybe all chosen."""
     settings = {"use_cache": False, "_experts_implementation": "batched_mm"}  # Hugging Face's
     configs = {id(c): c for c in (getattr(module, "config", None) for module in model.modules()) if c is not None}
     before = [(c, key, getattr(c, key)) for c in configs.values() for key in settings if getattr(c, key, None)]
@@ -52,7 +52,7 @@ def _plainly(model: nn.Module) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(False)
         for config, key, _ in before:
             setattr(config, key, settings[key])
-        with _EveryChoice():
+        with _EveryChoice() if every_choice else nullcontext():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(is_fast)
@@ -60,8 +60,11 @@ def _plainly(model: nn.Module) -> Iterator[None]:
             setattr(config, key, value)
 
 
-def export(model: nn.Module, example_input: Any) -> torch.export.ExportedProgram:
+def export(model: nn.Module, example_input: Any, *, every_choice: bool = True) -> torch.export.ExportedProgram:
     """``torch.export`` of the model in eval mode for one sample; mode, buffers, gradients and RNG state are untouched.
+
+    Args:
+        every_choice: ``topk`` gives all there are, so that every expert is chosen; else what the model asks for.
 
     Raises:
         UnsupportedModelError: the model has data-dependent control flow, or does not accept ``example_input``.
@@ -69,7 +72,7 @@ def export(model: nn.Module, example_input: Any) -> torch.export.ExportedProgram
     args, kwargs = one_sample(example_input)
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     try:
-        with torch.random.fork_rng(devices=devices), evaluating(model), torch.no_grad(), _plainly(model):
+        with torch.random.fork_rng(devices=devices), evaluating(model), torch.no_grad(), _plainly(model, every_choice):
             return _by_values(torch.export.export(model, args, kwargs, strict=False))
     except Exception as error:  # torch.export raises many types, user code any
         summary = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

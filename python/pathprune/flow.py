@@ -237,6 +237,11 @@ class PathFlow(ScaledArithmetic):
         x = entering[0].tensor
         parts, dims = parts_of(x, node, len(self._lead()))
         rms = parts.square().mean(dims, keepdim=True).sqrt()
+        if node.among:  # how much larger than the others: no scale is lost
+            mean = rms.mean([len(self._lead()) + dim for dim in node.among], keepdim=True)
+            relative = torch.where(mean > 0, rms / mean, 0.0)
+            self._saved[k] = (relative, self._zero_exponent())
+            return replace(entering[0], tensor=x * relative)
         inverse = torch.where(rms > 0, 1 / rms, 0.0)
         inverse = inverse.expand(parts.shape).reshape(x.shape) if node.groups else inverse
         self._saved[k] = (inverse, entering[0].exponent)
@@ -490,9 +495,3 @@ class PathFlow(ScaledArithmetic):
 def _turned(node: Synapse, weight: Weight) -> bool:
     """Whether a tied matrix is used the other way round than where it was used first."""
     return node.form != weight.form and node.form in ("linear", "linear_t")
-
-
-def largest_magnitude(rows: Tensor) -> Tensor:
-    """The largest magnitude of each row, of flows that have either sign."""
-    low, high = torch.aminmax(rows, dim=1)
-    return torch.maximum(-low, high)

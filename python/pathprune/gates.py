@@ -14,13 +14,14 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .flow import PathFlow, largest_magnitude
+from .flow import PathFlow
 from .network import PathNetwork
-from .nodes import Expression, Gate, Node, Norm, Pool, Product, Sum, Synapse, geometry_of, parts_of
+from .nodes import Expression, Gate, Node, Norm, Pool, Product, Scale, Sum, Synapse, geometry_of, parts_of
 from .ops import WeightMap
 from .policy import Policy
 from .pruned_convolution import counting_convolution, pruned_convolution
 from .recording import Recording, opened
+from .scaled import largest_magnitude
 from .select import Bracket
 from .weights import Scaled, Weight
 
@@ -65,8 +66,9 @@ class GatedFlow(PathFlow):
         super().__init__(through, weights, f=f, policy=policy, source=[x.flatten(0, 1) for x in source], scored=scored)
         self.batched = True
         for k in self._order:
-            kinds = (Norm, Product) if self.signed else Product
-            if isinstance(through.nodes[k], kinds) and k not in recording.gates:
+            node = through.nodes[k]
+            is_asked = isinstance(node, Product) or (self.signed and _is_recorded(node))
+            if is_asked and k not in recording.gates:
                 where = through.nodes[k].where
                 raise ValueError(f"GatedFlow: wanted a network that is linear between gates, got {where}")
 
@@ -142,6 +144,21 @@ class GatedFlow(PathFlow):
         is_gate = self.signed or self.policy.norm == "recorded"
         return [self._divided(k, g)] if is_gate else super()._backward_norm(k, node, g, guess)
 
+    def _forward_scale(self, k: int, node: Scale, entering: list[Scaled]) -> Scaled:
+        if k not in self.recording.gates:
+            return super()._forward_scale(k, node, entering)
+        return Scaled(entering[0].tensor * self._weighted(k, node), entering[0].exponent)
+
+    def _backward_scale(self, k: int, node: Node, g: Scaled, guess: Bracket | None) -> list[Scaled]:
+        if k not in self.recording.gates:
+            return super()._backward_scale(k, node, g, guess)
+        return [self._to_input(k, Scaled(g.tensor * self._weighted(k, node), g.exponent))]
+
+    def _weighted(self, k: int, node: Node) -> Tensor:
+        """What data multiply a flow with, its axes laid against the node's."""
+        gate = self._factor(self.recording.gates[k])
+        return gate.reshape(*gate.shape[:2], *[1] * (len(node.shape) + 2 - gate.dim()), *gate.shape[2:])
+
     def _forward_product(self, k: int, node: Product, entering: list[Scaled]) -> Scaled:
         """Each factor that paths pass, by what the recording multiplies it with."""
         tensors, exponent = self._aligned(entering)
@@ -195,3 +212,8 @@ class GatedFlow(PathFlow):
         if self.scored:
             self._saved[k] = ([leaf], result)
         return Scaled(result.detach(), exponent)
+
+
+def _is_recorded(node: Node) -> bool:
+    """Whether a factor of the model's is known by a recording alone."""
+    return isinstance(node, Norm) or (isinstance(node, Scale) and node.recorded is not None)

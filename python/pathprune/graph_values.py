@@ -1,9 +1,10 @@
-"""Values of an exported graph: of which others they are views or parts, and what constants are."""
+"""Values of an exported graph: of which others they are views or parts, what constants are; what a network keeps."""
 
 from __future__ import annotations
 
 import operator as python_operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -11,6 +12,73 @@ from torch import Tensor, fx
 
 from .exporting import operator_name
 from .nodes import Expression
+
+
+@dataclass(frozen=True)
+class Forward:
+    """The model's own computation for one sample, as it was exported in eval mode.
+
+    Attributes:
+        graph: the ATen graph.
+        feeds: for each of its inputs: the name of a tensor of the network, a literal, or None for a model input.
+        keywords: names of the model inputs that are given by keyword, in order.
+        outputs: which of its outputs, counted as leaves, are those of the network.
+        choosing: makes the graph anew in which experts are chosen as the model does: the same operators by the same
+            names, of which those behind a choice have fewer rows.
+    """
+
+    graph: fx.GraphModule
+    feeds: tuple[str | Tensor | None, ...]
+    keywords: tuple[str, ...]
+    outputs: tuple[int, ...] = ()
+    choosing: Callable[[], fx.GraphModule] | None = None
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the model computes what a node records: the operator, and the value that enters an activation."""
+
+    operator: str
+    entering: str = ""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Where the model's integer inputs choose a node's fixed numbers: the operator, its arguments as expressions."""
+
+    operator: str
+    arguments: Mapping[str, Expression]
+
+
+@dataclass(frozen=True)
+class ByRows:
+    """A product of every row with the matrix of an expert of its own, as a product of each expert's with its rows.
+
+    Attributes:
+        flow: the operator that makes the rows.
+        weight: name of the parameter.
+        product: of rows, laid out as the operator has them, and the parameter.
+    """
+
+    flow: str
+    weight: str
+    product: Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Routed:
+    """A value that a router makes and a flow meets: rows are multiplied with it.
+
+    Attributes:
+        experts: name of the integers that say which expert each of its elements is for; None where it has an element
+            for each expert in order.
+        expression: these integers as the network has them, all experts for every row.
+        axis: of them, along which experts are chosen.
+    """
+
+    experts: str | None = None
+    expression: Expression | None = None
+    axis: int = -1
 
 
 def memory_of(node: Any) -> Any:
@@ -75,15 +143,20 @@ def part_of(node: fx.Node) -> tuple[Any, int, int] | None:
 def evaluated(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
     """What an operator makes of values, which stay as they are."""
     changes = getattr(getattr(node.target, "_schema", None), "is_mutable", False)
+    target: Any = _out_of_place(node.target) if changes else node.target
 
     def resolve(a: Any) -> Any:
         if not isinstance(a, fx.Node):
             return a
-        return values[a].clone() if changes and isinstance(values[a], Tensor) else values[a]
+        return values[a].clone() if target is node.target and changes and isinstance(values[a], Tensor) else values[a]
 
-    return node.target(  # type: ignore[operator]
-        *fx.node.map_aggregate(node.args, resolve), **fx.node.map_aggregate(node.kwargs, resolve)
-    )
+    return target(*fx.node.map_aggregate(node.args, resolve), **fx.node.map_aggregate(node.kwargs, resolve))
+
+
+def _out_of_place(target: Any) -> Any:
+    """The same operator without a change of its arguments, where there is one."""
+    packet = getattr(torch.ops.aten, target._schema.name.removeprefix("aten::").rstrip("_"), None)
+    return getattr(packet, target._overloadname, target)
 
 
 def always(value: Tensor) -> Expression:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import fnmatch
+import functools
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,10 +15,11 @@ from torch import Tensor, nn
 
 from .distributed import ALONE, Group, is_distributed, local, reshard, row_group, whole
 from .exporting import UnsupportedModelError, canonical_names, export, module_path, operator_name
+from .graph_values import ByRows, Choice, Forward, Place, Routed
 from .nodes import Constant, Gate, Input, Node, Scale, Shift, Sum, Synapse, Wire
 from .stores import held
 from .structure import rebuilt, without_values
-from .tracer import Choice, Forward, Place, Tracer, rule_of
+from .tracer import Tracer, rule_of
 
 __all__ = ["PathNetwork", "SupportReport", "UnsupportedModelError"]
 
@@ -51,6 +54,10 @@ class PathNetwork:
         self.forward: Forward | None = None  # the model's own computation, where it was read from one
         self.recorded: dict[int, Place] = {}  # gate, max-pool, norm or product -> where that computation makes it
         self.choices: dict[int, Choice] = {}  # node -> what of it integer inputs of the model choose
+        self.routers: set[str] = set()  # operators of that computation by whose values experts are chosen
+        self.routed: dict[str, Routed] = {}  # values of it that say how much an expert counts
+        self.by_rows: dict[str, ByRows] = {}  # its products of each row with an expert's matrix
+        self.mixed: set[int] = set()  # nodes to which a choice of experts does other than to weight rows
         self.shards: Group = ALONE
         self.replicas: Group = ALONE
         self.whole: PathNetwork = self  # with all positions, where this one has distinct ones only
@@ -113,7 +120,11 @@ class PathNetwork:
             structure = rebuilt(model, {**values, **shapes})
         _check_tensors(shown)
         net._source = {**dict(net.model.named_parameters()), **dict(net.model.named_buffers())}
-        return net, Tracer(net, export(structure, example_input), shown)
+        tracer = Tracer(net, export(structure, example_input), shown)
+        assert net.forward is not None
+        choosing = functools.cache(lambda: export(structure, example_input, every_choice=False).graph_module)
+        net.forward = replace(net.forward, choosing=choosing)
+        return net, tracer
 
     def _gather_all_but_weights(self) -> None:
         """Biases, norms and constants are needed whole; weights stay where their rows are."""

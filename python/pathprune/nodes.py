@@ -65,11 +65,13 @@ class Synapse(Node):
 class Scale(Node):
     """A fixed diagonal: ``x * |factor|^power`` (frozen batch norm, elementwise constants).
 
-    ``kind`` is ``batch_norm`` where a policy may switch it off, else ``constant``.
+    ``kind`` is ``batch_norm`` where a policy may switch it off, else ``constant``. ``recorded`` gives what the model
+    multiplies with where data decide it (the weight of an expert), and paths take what it is where they do not.
     """
 
     factor: Expression = field(kw_only=True)
     kind: str = field(default="constant", kw_only=True)
+    recorded: Recorder | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -84,12 +86,14 @@ class Shift(Node):
 class Norm(Node):
     """A norm without running statistics: divides by the RMS of the entering flow over ``dims``, held fixed.
 
-    ``groups``: channels are split into that many groups first (group norm); 0 means none. ``recorded`` gives what the
-    model itself multiplies with, ``1 / sigma``, over the factors of the scales behind; None where samples share it.
+    ``groups``: channels are split into that many groups first (group norm); 0 means none. ``among``: multiplies by the
+    RMS instead, over the mean of what it is along these axes (global response normalisation). ``recorded`` gives what
+    the model itself multiplies with, ``1 / sigma``, over the factors of the scales behind; None where samples share it.
     """
 
     dims: tuple[int, ...] = field(kw_only=True)
     groups: int = field(default=0, kw_only=True)
+    among: tuple[int, ...] = field(default=(), kw_only=True)
     recorded: Recorder | None = field(default=None, kw_only=True)
 
 

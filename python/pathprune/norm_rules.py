@@ -2,8 +2,11 @@
 
 A norm without running statistics divides by the RMS of the flow that enters, held fixed; centring is dropped. What it
 multiplies a sample with, ``1 / sigma``, can be recorded: then that is a gate, as an activation's is, and signed flow is
-centred. Written out, ``x * rsqrt(mean(x^2) + eps)`` is read through its :class:`Moment`: the statistic of a flow that
-the operators in between make.
+centred. Global response normalisation multiplies channels with their size over the mean of their sizes: held fixed,
+and recorded, as well.
+
+Written out, ``x * rsqrt(mean(x^2) + eps)`` is read through its :class:`Moment`: the statistic of a flow that the
+operators in between make.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -143,7 +146,7 @@ class Moment(Marker):
             raise RuleError("the size of a flow is used other than to divide that flow")
         return t.gate(Gate((self.flow,), t.shape(self.square), name="square"), self.square)
 
-    def through(self, t: Tracer, node: fx.Node, a: dict[str, Any]) -> Moment | int | None:
+    def through(self, t: Tracer, node: fx.Node, a: dict[str, Any]) -> Marker | int | None:
         return _through_moment(t, node, a)
 
     def raised(self, exponent: float) -> Moment:
@@ -152,6 +155,37 @@ class Moment(Marker):
 
     def times(self, value: Expression, exponent: float) -> Moment:
         return replace(self, factors=(*self.factors, (value, exponent)))
+
+
+@dataclass(frozen=True)
+class Others(Marker):
+    """The mean of a flow's sizes along further axes, plus constants; or a size over that mean.
+
+    Attributes:
+        moment: the size, as a root.
+        among: what the mean is over.
+        is_ratio: whether a size was divided by it: then the flow may be multiplied with it (ConvNeXt V2).
+    """
+
+    moment: Moment
+    among: tuple[int, ...]
+    is_ratio: bool = False
+    wanted: ClassVar[str] = "the mean size of flows, other than to multiply a flow with its own over it"
+
+    def through(self, t: Tracer, node: fx.Node, a: dict[str, Any]) -> Others | int | None:
+        name = t.operator(node)
+        others = [x for x in node.all_input_nodes if t.is_flow(x) and t.marker(x) is not self]
+        if not others and (name in _SAME or (name == "add" and not self.is_ratio)):
+            return self
+        if name in ("mul", "multiply") and self.is_ratio and len(others) == 1 and t.marker(others[0]) is None:
+            size = "other" if others[0] is a["self"] else "self"
+            flow = t.flow(others[0])
+            if flow == self.moment.flow:
+                assert self.moment.dims is not None
+                shape = t.net.nodes[flow].shape
+                recorded: Recorder = lambda found, tensors: found[size]  # noqa: E731
+                return t.add(Norm((flow,), shape, dims=self.moment.dims, among=self.among, recorded=recorded), node)
+        raise RuleError(self.wanted)
 
 
 @rule("square")
@@ -199,7 +233,7 @@ def _moment(t: Tracer, value: Any) -> Moment | None:
     return found if isinstance(found, Moment) else None
 
 
-def _through_moment(t: Tracer, node: fx.Node, a: dict[str, Any]) -> Moment | int | None:
+def _through_moment(t: Tracer, node: fx.Node, a: dict[str, Any]) -> Marker | int | None:
     """What an operator makes of a moment; None where it reads the squares as a flow."""
     name = t.operator(node)
     moment = next(m for m in (_moment(t, x) for x in node.all_input_nodes) if m is not None)
@@ -207,6 +241,13 @@ def _through_moment(t: Tracer, node: fx.Node, a: dict[str, Any]) -> Moment | int
         if name in ("mean", "sum"):
             return replace(moment, dims=_dims(t, a["self"], a.get("dim")), is_mean=name == "mean")
         return moment if name in IDENTITIES else None
+    if name == "mean" and moment.power == 1 and not moment.factors:
+        return Others(moment, _dims(t, a["self"], a.get("dim")))
+    other = t.marker(a.get("other"))
+    if name.startswith("div") and isinstance(other, Others) and not other.is_ratio and other.moment == moment:
+        return replace(other, is_ratio=True)
+    if isinstance(other, Others):
+        raise RuleError(Others.wanted)
     if name in ("mul", "multiply", "div", "divide", "true_divide"):
         return _scaled_or_divided(t, node, a, 1.0 if name.startswith("mul") else -1.0)
     others = [x for x in node.all_input_nodes if t.is_flow(x) and _moment(t, x) is None]

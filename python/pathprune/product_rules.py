@@ -16,8 +16,9 @@ import torch
 from torch import fx
 
 from .expert_rules import batched_product
-from .nodes import Product, Recorder, Scale, Shift, Sum
+from .nodes import Product, Recorder, Scale, Shift, Sum, Synapse, Wire
 from .rules import IDENTITIES, Marker, RuleError, by_matrix, factors, rule
+from .scan_rules import contracted
 from .wire_rules import constant_flow
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 BETWEEN = {  # what models do to similarities before their softmax
     *(*IDENTITIES, "add", "sub", "mul", "div", "masked_fill", "where", "view", "reshape", "_unsafe_view"),
     *("tanh", "clamp", "cat", "max", "amax", "getitem"),
+    *("gather", "transpose", "permute", "mT"),  # of similarities with positions
 }
 
 
@@ -85,8 +87,23 @@ def _product(t: Tracer, node: fx.Node, left: Any, right: Any, recorded: Recorder
 
 def _with_matrix(t: Tracer, node: fx.Node, left: Any, right: Any, bias: Any) -> int:
     if not t.is_flow(left):
-        raise RuleError("a constant matrix times a flow")
+        return _matrix_first(t, node, left, right)
     return by_matrix(t, node, left, right, -1, bias)
+
+
+def _matrix_first(t: Tracer, node: fx.Node, matrix: Any, value: Any) -> int:
+    """``W x``, features along the last axis but one."""
+    if len(t.shape(matrix)) != 2 or len(t.shape(value)) < 2:
+        raise RuleError("a constant matrix times a flow")
+    name, axis, first = t.matrix(matrix, -2)
+    entering, leaving = t.shape(value), t.shape(node)
+    if first or t.net.tensors[name].shape[axis] != leaving[-2]:
+        raise RuleError("some rows of a matrix times a flow")
+    shape = torch.Size((*entering[:-2], entering[-1], entering[-2]))
+    index = t.add(Wire((t.flow(value),), shape, apply=lambda xs, p: xs[0].mT), node)
+    shape = torch.Size((*leaving[:-2], leaving[-1], leaving[-2]))
+    index = t.add(Synapse((index,), shape, weight=name, form="linear" if axis == -2 else "linear_t"), node)
+    return t.add(Wire((index,), leaving, apply=lambda xs, p: xs[0].mT), node)
 
 
 @rule("baddbmm")
@@ -110,6 +127,8 @@ def _baddbmm(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int | Compared:
 @rule("einsum")
 def _einsum(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
     equation, operands = a["equation"], a["tensors"]
+    if len(operands) == 2 and any(t.is_flow(x) for x in operands) and any(t.is_varying(x) for x in operands):
+        return contracted(t, node, equation, operands)
     if len(operands) != 2 or not all(t.is_flow(x) for x in operands):
         raise RuleError("other than a product of two flows")
     flows = (t.flow(operands[0]), t.flow(operands[1]))

@@ -3,8 +3,10 @@
 For an input x the network is linear along its open paths: ``f(x) = sum_p x_p a_p(x) v_p``, with ``a_p`` the product of
 the gates on p. A ReLU's gate is 1 or 0; of any activation through zero it is ``phi(z) / z`` (0 at z = 0); a max-pool
 lets the winner through; a norm has ``1 / sigma``. Attention weights P are the gate of the values, so nothing passes
-through queries and keys; a product of two flows is ``(a [b] + [a] b) / 2``, with [.] what they are for the sample.
-Integers choose rows of an embedding, and paths begin at these.
+through queries and keys. So is a sigmoid, which does not pass zero, of what it multiplies; the weight of an expert,
+zero where data do not choose it, of its rows; the decay of a state, of that state. Any other product of two flows is
+``(a [b] + [a] b) / 2``, with [.] what they are for the sample. Integers choose rows of an embedding, and paths begin at
+these.
 
 Gates are recorded from the model itself, run on the masked weights. Bytes: a batch's activations once. Oracle: the
 model's output, which the signed flow through the gates gives again.
@@ -24,10 +26,10 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 from .batches import Batch
-from .exporting import operator_name
 from .network import PathNetwork
-from .nodes import Gate, Input, Node, Norm, Pool, Product, Softmax, Synapse, Tensors
+from .nodes import Gate, Input, Node, Norm, Pool, Product, Scale, Softmax, Synapse, Tensors
 from .pruned_convolution import pruned_convolution
+from .routing import Routing
 
 _SHIFTED = (
     *("sigmoid", "hardsigmoid", "softplus", "log_sigmoid", "softmax"),
@@ -48,9 +50,9 @@ class Recording:
             the rows that integer inputs choose of an embedding.
         outputs: the model's, those of the network, [N, *shape] each.
         gates: node -> [N, *shape]: a ReLU's output (it is open where that is above 0); the factor of any other
-            activation, and of a norm (this one broadcasts); of a max-pool the winners' flat positions, int64 (-1: no
-            one's). Of a product: position of a factor -> what it is multiplied with, half of the other factor's value,
-            or all of it where no path passes the other.
+            activation, and of a norm, an expert's weight or a decay (these broadcast); of a max-pool the winners' flat
+            positions, int64 (-1: no one's). Of a product: position of a factor -> what it is multiplied with, half of
+            the other factor's value, or all of it where no path passes the other.
         is_paired: gates are products of two samples' gates, so that squared they count once.
     """
 
@@ -61,26 +63,32 @@ class Recording:
 
 
 def opened(network: PathNetwork, who: str) -> PathNetwork:
-    """The network that paths see once data fix the attention weights: products with these have one input, the values.
+    """The network that paths see once data fix attention weights and sigmoids: products with these have one input.
 
     Raises:
-        ValueError: attention weights that do more than to multiply values; names the operator.
+        ValueError: attention weights that do more than to multiply values, activations that do not pass zero and do
+            more than to multiply another flow; names the operator.
     """
-    held: set[int] = set()
+    held: dict[int, int] = {}  # node -> the first of those it is computed from
     made = copy.copy(network)
     made.nodes = list(network.nodes)
     for k in sorted(network.alive):
         node = network.nodes[k]
         fixed = [i in held for i in node.inputs]
-        if isinstance(node, Softmax) or (fixed and all(fixed) and not isinstance(node, Synapse)):
-            held.add(k)
+        if isinstance(node, Softmax) or (isinstance(node, Gate) and node.name in _SHIFTED):
+            held[k] = k
+        elif fixed and all(fixed) and not isinstance(node, Synapse):
+            held[k] = held[node.inputs[0]]
         elif isinstance(node, Product) and any(fixed):
             made.nodes[k] = replace(node, inputs=tuple(i for i in node.inputs if i not in held))
     made.set_outputs(*network.outputs)
-    wrong = [k for k in network.outputs if k in held]
-    wrong += [k for k in made.alive if k not in held and any(i in held for i in made.nodes[k].inputs)]
+    wrong = {k: held[k] for k in network.outputs if k in held}
+    wrong |= {k: held[i] for k in made.alive if k not in held for i in made.nodes[k].inputs if i in held}
     if wrong:
-        where = network.nodes[min(wrong)].where
+        first, node = min(wrong), network.nodes[wrong[min(wrong)]]
+        if isinstance(node, Gate):
+            raise ValueError(f"{who}: model: wanted activations through zero, got {node.name} in {node.where}")
+        where = network.nodes[first].where
         raise ValueError(f"{who}: model: wanted attention weights that multiply values and no more, got {where}")
     return made
 
@@ -91,7 +99,9 @@ def smooth_gates(network: PathNetwork, who: str) -> list[str]:
     return [
         node.where
         for node in nodes
-        if isinstance(node, (Norm, Product)) or (isinstance(node, Gate) and node.name not in _STEPS)
+        if isinstance(node, (Norm, Product))
+        or (isinstance(node, Gate) and node.name not in _STEPS)
+        or (isinstance(node, Scale) and node.recorded is not None)
     ]
 
 
@@ -116,13 +126,9 @@ def record(network: PathNetwork, batch: Batch, weights: Mapping[str, Tensor], wh
     forward = network.forward
     if forward is None:
         raise ValueError(f"{who}: model: wanted one that was read from a module, got a PathNetwork made by hand")
-    if any(n.op == "call_function" and operator_name(n) == "topk" for n in forward.graph.graph.nodes):
-        raise ValueError(f"{who}: model: wanted one whose data chooses no experts, got topk in it")
     through = opened(network, who)
     for k in sorted(through.alive):
         node = network.nodes[k]
-        if isinstance(node, Gate) and node.name in _SHIFTED:
-            raise ValueError(f"{who}: model: wanted activations through zero, got {node.name} in {node.where}")
         if isinstance(node, Product) and node.recorded is None:
             raise ValueError(f"{who}: model: wanted products of activations through zero, got {node.where}")
         if isinstance(node, Norm) and node.recorded is None:
@@ -137,10 +143,12 @@ def record(network: PathNetwork, batch: Batch, weights: Mapping[str, Tensor], wh
         if x.shape[1:] != shape[1:]:
             raise ValueError(f"{who}: data: wanted samples of shape {tuple(shape[1:])}, got {tuple(x.shape[1:])}")
 
+    routing = Routing(network, tensors, who) if network.routers else None
+
     def one(*sample: Tensor) -> tuple[list[Tensor], list[Tensor], dict[int, Any], dict[int, Tensor]]:
         inputs = iter(x.unsqueeze(0) for x in sample)
         fed = [next(inputs) if f is None else tensors[f] if isinstance(f, str) else f for f in forward.feeds]
-        run = _Run(forward.graph, network, through, tensors)
+        run = _Run(forward.graph, network, through, tensors, routing)
         outputs = tree_leaves(run.run(*fed))
         begins = [run.inputs[k] for k in sorted(run.inputs)]
         return begins, [outputs[k] for k in forward.outputs], run.kept, run.moved
@@ -170,12 +178,20 @@ def _dtype(network: PathNetwork) -> torch.dtype:
 class _Run(fx.Interpreter):
     """Runs the exported graph, keeping gates on the way."""
 
-    def __init__(self, graph: fx.GraphModule, network: PathNetwork, through: PathNetwork, tensors: Tensors) -> None:
+    def __init__(
+        self,
+        graph: fx.GraphModule,
+        network: PathNetwork,
+        through: PathNetwork,
+        tensors: Tensors,
+        routing: Routing | None,
+    ) -> None:
         super().__init__(graph)
-        self.network, self.through, self.tensors = network, through, tensors
+        self.network, self.through, self.tensors, self.routing = network, through, tensors, routing
         self.kept: dict[int, Any] = {}
         self.inputs: dict[int, Tensor] = {}
         self.folded: set[fx.Node] = set()  # batch norms that the convolution before them did
+        self._spared = self._only_for_rows()
         self._beginning = {node.name: k for k, node in enumerate(network.nodes) if isinstance(node, Input)}
         self._recording: dict[str, list[int]] = defaultdict(list)  # operator -> nodes it makes
         for k, place in network.recorded.items():
@@ -195,24 +211,49 @@ class _Run(fx.Interpreter):
             arguments = self.network.choices[k].arguments
             pairs = [(self.env[a], arguments[a.name](self.tensors)) for a in n.all_input_nodes if a.name in arguments]
             self.moved[k] = torch.stack([(given != own.to(given.device)).any() for given, own in pairs]).any()
+        routed = [a for a in n.all_input_nodes if a.name in self.network.routed and n.name in self._recording]
+        stood = {a: self.env[a] for a in routed}
+        if self.routing is not None:
+            self.env.update({a: self.routing.factor(a.name) for a in routed})
         if n in self.folded:
             out = self.fetch_args_kwargs_from_env(n)[0][0]
         elif n.target in _CONVOLUTIONS:
             out = self._convolution(n)
+        elif n in self._spared:
+            out = None
+        elif n.name in self.network.by_rows:
+            way = self.network.by_rows[n.name]
+            (flow,) = (a for a in n.all_input_nodes if a.name == way.flow)
+            out = way.product(self.env[flow], self.tensors[way.weight])
         else:
             out = self._recorded(n, self._recording[n.name]) if n.name in self._recording else super().run_node(n)
+        self.env.update(stood)
+        if self.routing is not None and n.name in self.routing.read:
+            self.routing.known[n.name] = out
+            if n.name in self.network.routers:  # every expert is run: by data they differ in weight alone
+                out = torch.zeros(out.shape, dtype=out.dtype, device=out.device)
         if n.name in self._beginning:
             self.inputs[self._beginning[n.name]] = _own(n, out)
         if n.name in self._reads:
             self._values[n.name] = _own(n, out)
         return out
 
+    def _only_for_rows(self) -> set[fx.Node]:
+        """Matrices laid out for each row, which no product reads."""
+        ways = self.network.by_rows
+        spared: set[fx.Node] = set()
+        for n in reversed(list(self.graph.nodes)) if ways else ():
+            readers = [user for user in n.users if user.name not in ways or ways[user.name].flow == n.name]
+            if n.op == "call_function" and n.users and all(user in spared for user in readers):
+                spared.add(n)
+        return spared
+
     def _recorded(self, n: fx.Node, made: Sequence[int]) -> Any:
         nodes = [self.through.nodes[k] for k in made]
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         arguments = _named(n, args, kwargs)
         for k, node in zip(made, nodes, strict=True):
-            if isinstance(node, Norm):
+            if isinstance(node, (Norm, Scale)):
                 assert node.recorded is not None
                 self.kept[k] = node.recorded(arguments, self.tensors)
             elif isinstance(node, Product):

@@ -177,7 +177,7 @@ def _norm_follows(network: PathNetwork, name: str) -> bool:
     for k, node in enumerate(network.nodes):
         if k not in network.alive or not reached.intersection(node.inputs):
             continue
-        if isinstance(node, Norm) or (isinstance(node, Scale) and node.kind == "batch_norm"):
+        if (isinstance(node, Norm) and not node.among) or (isinstance(node, Scale) and node.kind == "batch_norm"):
             return True
         if isinstance(node, (Scale, Shift, Wire)) and len(node.inputs) == 1:
             reached.add(k)

@@ -6,12 +6,13 @@ and without the trailing underscore of in-place forms. To support a new operator
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
+from .graph_values import arguments_of
 from .nodes import (
     Expression,
     Gate,
@@ -23,6 +24,7 @@ from .nodes import (
     Shift,
     Sum,
     Synapse,
+    Tensors,
     Wire,
 )
 
@@ -133,11 +135,10 @@ def by_matrix(t: Tracer, node: fx.Node, value: Any, matrix: Any, out: int, bias:
 
 @rule("conv1d", "conv2d", "conv3d")
 def _conv(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
-    weight = t.weight(a["weight"])
-    n = len(t.net.tensors[weight].shape) - 2
+    n = len(t.shape(a["weight"])) - 2
     dilation = axes_tuple(a["dilation"], n)
     flow = t.flow(a["input"])
-    kernel = t.net.tensors[weight].shape[2:]
+    kernel = t.shape(a["weight"])[2:]
     padding = a["padding"]
     if padding == "valid":
         padding = 0
@@ -147,7 +148,37 @@ def _conv(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
             flow = _padded(t, node, flow, [amount % 2 for amount in total])
         padding = [amount // 2 for amount in total]
     options = {"stride": axes_tuple(a["stride"], n), "padding": axes_tuple(padding, n), "dilation": dilation}
+    if _is_normed_across(t, a["weight"]):
+        every = (*options.values(), False, (0,) * n, a["groups"])
+        index = _fixed_convolution(t, node, flow, t.constant(a["weight"]), every)
+        return shifted(t, node, index, a["bias"], -1 - n)
+    weight = t.weight(a["weight"])
     return weighted(t, node, flow, weight, a["bias"], -1 - n, form="conv", groups=a["groups"], **options)
+
+
+def _is_normed_across(t: Tracer, weight: Any) -> bool:
+    """Weight norm over other axes than rows.
+
+    Over rows, ``w = g v / |v|``, a row of which all is pruned would be 0 / 0: such a weight is refused as others are
+    that the model computes.
+    """
+    is_made = isinstance(weight, fx.Node) and weight.op == "call_function"
+    return is_made and t.operator(weight) == "_weight_norm" and arguments_of(weight)["dim"] != 0
+
+
+def _fixed_convolution(t: Tracer, node: fx.Node, flow: int, weight: Expression, geometry: tuple[Any, ...]) -> int:
+    """By a weight that is no parameter: a fixed map, its entries above zero less those below."""
+    tensors = t.net.tensors
+
+    def part(sign: int) -> int:
+        def apply(xs: Sequence[Tensor], power: float) -> Tensor:
+            w = (sign * weight(tensors).detach()).clamp(min=0).to(xs[0])
+            return torch.convolution(xs[0], torch.where(w > 0, w**power, w), None, *geometry)
+
+        return t.add(Wire((flow,), t.shape(node), apply=apply), node)
+
+    below = t.add(Scale((part(-1),), t.shape(node), factor=t.constant(-1)), node)
+    return t.add(Sum((part(1), below), t.shape(node)), node)
 
 
 def _padded(t: Tracer, node: fx.Node, flow: int, far: Sequence[int]) -> int:
@@ -215,9 +246,9 @@ def _identity(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
 # -------------------------------------------------------------------------------------------------- arithmetic
 
 
-def scaled(t: Tracer, node: fx.Node, flow: int, factor: Expression) -> int:
-    """The flow times fixed numbers."""
-    return t.add(Scale((flow,), t.shape(node), factor=factor), node)
+def scaled(t: Tracer, node: fx.Node, flow: int, factor: Expression, recorded: Recorder | None = None) -> int:
+    """The flow times fixed numbers, or what stands for those that data decide."""
+    return t.add(Scale((flow,), t.shape(node), factor=factor, recorded=recorded), node)
 
 
 @rule("add", "sub", "rsub")
@@ -266,9 +297,11 @@ def _mul(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
         if first == second and (gated or gated_too):  # x times a function of x: an activation, written out
             return t.gate(Gate((first,), t.shape(node), name="self_gate"), node)
         return t.add(Product(flows, t.shape(node), recorded=factors("self", "other")), node)
+    name = "other"
     if not t.is_flow(left):
-        left, right = right, left
-    return scaled(t, node, t.flow(left), t.constant(right))
+        left, right, name = right, left, "self"
+    recorded: Recorder | None = (lambda found, tensors: found[name]) if t.is_varying(right) else None
+    return scaled(t, node, t.flow(left), t.constant(right), recorded)
 
 
 def _origin(t: Tracer, index: int) -> tuple[int, bool]:
@@ -299,7 +332,12 @@ def _glu(t: Tracer, node: fx.Node, a: dict[str, Any]) -> int:
     def half(k: int) -> int:
         return t.add(Wire((flow,), shape, apply=lambda xs, p: xs[0].chunk(2, dim)[k]), node)
 
-    return t.add(Product((half(0), half(1)), shape), node)
+    def recorded(found: Mapping[str, Any], tensors: Tensors) -> tuple[Tensor, Tensor]:
+        value, gate = found["self"].chunk(2, found["dim"])
+        return value, gate.sigmoid()
+
+    gate = t.add(Gate((half(1),), shape, name="sigmoid"), node)
+    return t.add(Product((half(0), gate), shape, recorded=recorded), node)
 
 
 @rule("div", "divide", "true_divide")

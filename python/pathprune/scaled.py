@@ -127,3 +127,9 @@ class ScaledArithmetic:
     def _peak(rows: Tensor) -> Tensor:
         """The largest magnitude of each row: path flow is never negative."""
         return rows.amax(1)
+
+
+def largest_magnitude(rows: Tensor) -> Tensor:
+    """The largest magnitude of each row, of flows that have either sign."""
+    low, high = torch.aminmax(rows, dim=1)
+    return torch.maximum(-low, high)

@@ -211,7 +211,7 @@ class _Merger:
 
     def _norm(self, node: kinds.Norm, entering: list[_Merged]) -> _Merged:
         dims = range(1, len(node.shape)) if node.groups else node.dims
-        return self._pointwise(node, [self._expanded(entering[0], list(dims))])
+        return self._pointwise(node, [self._expanded(entering[0], [*dims, *node.among])])
 
     def _diagonal(self, node: Node, entering: list[_Merged], value: Expression) -> _Merged:
         fixed = value(self.old.tensors)

@@ -16,11 +16,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .flow import PathFlow, largest_magnitude
+from .flow import PathFlow
 from .network import PathNetwork
 from .nodes import Constant, Node, Norm, Product, Shift, Synapse, geometry_of
 from .ops import WeightMap
 from .policy import Policy
+from .scaled import largest_magnitude
 from .select import Bracket
 from .weights import Scaled, Weight, product
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from .batches import Batch, Data, require_reiterable, stream
 from .gates import GatedFlow
 from .network import PathNetwork, as_network
-from .nodes import Gate, Input, Pool, Product
+from .nodes import Gate, Input, Pool, Product, Scale
 from .ops import WeightMap
 from .policy import policy_of
 from .recording import Recording, opened, record, smooth_gates
@@ -171,11 +171,12 @@ def ntk_trace_bound(
 
 def _all_open(network: PathNetwork, recording: Recording, masks: Masks | None) -> tuple[dict[str, Weight], GatedFlow]:
     """The flow of squared weights on ones with all gates 1: the sum over paths of their squared values."""
-    gates = {
-        k: {slot: torch.ones_like(partner[:1]) for slot, partner in gate.items()}
-        for k, gate in recording.gates.items()
-        if isinstance(network.nodes[k], Product)
-    }
+    gates: dict[int, Any] = {}
+    for k, gate in recording.gates.items():
+        if isinstance(network.nodes[k], Product):
+            gates[k] = {slot: torch.ones_like(partner[:1]) for slot, partner in gate.items()}
+        elif isinstance(network.nodes[k], Scale):  # weights of experts, decays
+            gates[k] = torch.ones_like(gate[:1])
     network = network if gates else merge_equal_positions(network, "paths")
     ones = [torch.ones((1, *node.shape)) for node in network.nodes if isinstance(node, Input)]
     weights = weights_of(network, network.prunable, (WeightMap.SQUARE, WeightMap.ONE), masks=masks)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import operator as python_operator
 from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
-from . import attention_rules, complex_rules, norm_rules  # noqa: F401 (enter rules; so do those they import)
+from . import attention_rules, complex_rules, expert_rules, norm_rules  # noqa: F401 (enter rules; so do those they import)
 from .exporting import UnsupportedModelError, canonical_names, module_path, operator_name
 from .graph_values import (
+    Choice,
+    Forward,
+    Place,
     always,
     arguments_of,
     evaluated,
@@ -23,7 +26,7 @@ from .graph_values import (
     tensor_of,
     zeros_like_value,
 )
-from .nodes import Expression, Gate, Input, Node, Norm, Pool, Product, Softmax, Tensors, WireMap
+from .nodes import Expression, Gate, Input, Node, Norm, Pool, Product, Scale, Softmax, Tensors, WireMap
 from .rules import IDENTITIES, PRODUCTS, RULES, Marker, RuleError
 
 if TYPE_CHECKING:
@@ -33,41 +36,9 @@ if TYPE_CHECKING:
 _USER_INPUT = torch.export.graph_signature.InputKind.USER_INPUT
 _EMPTY = {"empty_like", "new_empty"}  # what they hold before it is written counts as zeros
 _FILLED = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"}
+_ZEROS = {"zeros", "zeros_like", "new_zeros"}
 _SAME_ORDER = {*IDENTITIES, "squeeze", "unsqueeze", "view", "reshape"}  # of a weight's elements
 _LIKE = {"type_as": 0, "expand_as": 0, "view_as": 0, "to": 0, "copy": 1}  # a value, laid out as another is -> which
-
-
-@dataclass(frozen=True)
-class Forward:
-    """The model's own computation for one sample, as it was exported in eval mode.
-
-    Attributes:
-        graph: the ATen graph.
-        feeds: for each of its inputs: the name of a tensor of the network, a literal, or None for a model input.
-        keywords: names of the model inputs that are given by keyword, in order.
-        outputs: which of its outputs, counted as leaves, are those of the network.
-    """
-
-    graph: fx.GraphModule
-    feeds: tuple[str | Tensor | None, ...]
-    keywords: tuple[str, ...]
-    outputs: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where the model computes what a node records: the operator, and the value that enters an activation."""
-
-    operator: str
-    entering: str = ""
-
-
-@dataclass(frozen=True)
-class Choice:
-    """Where the model's integer inputs choose a node's fixed numbers: the operator, its arguments as expressions."""
-
-    operator: str
-    arguments: Mapping[str, Expression]
 
 
 class Tracer:
@@ -90,6 +61,9 @@ class Tracer:
         self._of_shapes: dict[fx.Node, Expression] = {}  # constants in the shape or type of a flow
         self._reads_input: dict[fx.Node, bool] = {}
         self._asked: set[fx.Node] = set()  # placeholders that are the model's own inputs
+        self._routers: set[fx.Node] = set()  # products that experts are chosen by
+        self._held: set[fx.Node] = set()  # values of data that constants stand for
+        self._depends: dict[tuple[fx.Node, int], bool] = {}
         self._position = {node: k for k, node in enumerate(self.graph.nodes)}
         specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs if hasattr(spec.arg, "name")}
         examples = iter(tree_leaves(program.example_inputs))
@@ -215,10 +189,12 @@ class Tracer:
             self._flows[node] = found
             for k in range(before, len(self.net.nodes)):
                 made = self.net.nodes[k]
-                if isinstance(made, (Norm, Product)) or (isinstance(made, Pool) and made.kind == "max"):
+                is_known = isinstance(made, (Norm, Product)) or (isinstance(made, Scale) and made.recorded is not None)
+                if is_known or (isinstance(made, Pool) and made.kind == "max"):
                     self.net.recorded[k] = Place(node.name)
                 if not isinstance(made, (Input, Product, Softmax)):
                     self._note_choices(k, node)
+            expert_rules.note_routed(self, node, range(before, len(self.net.nodes)))
         except RuleError as error:
             raise self._refusal(node, error) from error
 
@@ -417,6 +393,8 @@ class Tracer:
             if self.operator(n) in PRODUCTS:
                 self._literals[n] = zeros_like_value(n)
                 self._reads_input[n] = False
+                self._routers.add(n)
+                self.net.routers.add(n.name)
                 continue
             before = [x for x in n.all_input_nodes if x in self._flows]
             if not before:
@@ -427,6 +405,32 @@ class Tracer:
                 break
             if n in self._literals or (n in self._flows and n.op == "call_function" and self._is_left_behind(n)):
                 self._flows.pop(n, None)
+
+    def hold(self, node: fx.Node, value: Expression) -> None:
+        """Makes a constant of a value that data decide."""
+        self._of_shapes[node] = value
+        self._held.add(node)
+        self._reads_input[node] = False
+
+    def is_routed(self, value: Any) -> bool:
+        """Whether a constant is what it is where every expert is chosen, and another where data choose."""
+        return self._is_made_of(value, self._routers, 0)
+
+    def is_varying(self, value: Any) -> bool:
+        """Whether data decide what a constant stands for: the weight of an expert, or a decay."""
+        return self.is_routed(value) or self._is_made_of(value, self._held, 1)
+
+    def _is_made_of(self, value: Any, origins: set[fx.Node], which: int) -> bool:
+        """Whether a constant is computed from others; the rows that a choice selects are not, nor what is zero."""
+        if not isinstance(value, fx.Node) or value in self._flows:
+            return False
+        if (value, which) not in self._depends:
+            name = self.operator(value) if value.op == "call_function" else ""
+            asked = value.all_input_nodes[:1] if name in ("index", "index_select") else value.all_input_nodes
+            is_zero = name == "mul" and any(a.op == "call_function" and self.operator(a) in _ZEROS for a in asked)
+            found = value in origins or (not is_zero and any(self._is_made_of(a, origins, which) for a in asked))
+            self._depends[value, which] = found
+        return self._depends[value, which]
 
     def _is_left_behind(self, n: fx.Node) -> bool:
         """Whether nothing that a value is computed from is a flow any more."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
-from .nodes import Constant, Pool, Reduce, Softmax, Tensors, Wire
+from .nodes import Constant, Pool, Reduce, Scale, Softmax, Sum, Tensors, Wire
 from .rules import RuleError, axes_tuple, rule
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def moved(t: Tracer, node: fx.Node, wire: Wire) -> int:
 @rule(
     *("permute", "transpose", "t", "mT"),
     *("numpy_T", "movedim", "swapaxes", "squeeze", "unsqueeze", "slice", "select", "narrow", "index"),
-    *("index_select", "expand", "repeat", "repeat_interleave", "roll", "flip", "unfold"),
+    *("index_select", "gather", "expand", "repeat", "repeat_interleave", "roll", "flip", "unfold", "cumsum"),
     *("pixel_shuffle", "pixel_unshuffle", "channel_shuffle"),
     *("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d"),
     *("_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d"),
@@ -202,15 +202,30 @@ def _separable(t: Tracer, node: fx.Node, flow: int, n: int) -> int:
         units = torch.eye(size, dtype=torch.float64).reshape([size, 1] + [size if k == axis else 1 for k in range(n)])
         out = replay([units.expand([s if k != 2 + axis else size for k, s in enumerate(shape)])], 1.0)
         matrices.append(out.movedim(2 + axis, -1).reshape(size, -1, out.shape[2 + axis])[:, 0].T)  # [out, in]
+    if all(bool((matrix >= 0).all()) for matrix in matrices):
+        return _along(t, node, flow, dict(enumerate(matrices)))
+    for axis, matrix in enumerate(matrices):  # entries below zero (bicubic) keep their sign where the flow has one
+        below = _along(t, node, flow, {axis: (-matrix).clamp(min=0)})
+        turned = Scale((below,), t.net.nodes[below].shape, factor=t.constant(-1))
+        parts = (_along(t, node, flow, {axis: matrix.clamp(min=0)}), t.add(turned, node))
+        flow = t.add(Sum(parts, turned.shape), node)
+    return flow
+
+
+def _along(t: Tracer, node: fx.Node, flow: int, matrices: dict[int, Tensor]) -> int:
+    """Maps of entries of at least zero along axes behind the first two."""
+    shape = list(t.net.nodes[flow].shape)
+    for axis, matrix in matrices.items():
+        shape[2 + axis] = len(matrix)
 
     def apply(xs: Sequence[Tensor], power: float) -> Tensor:
         x = xs[0]
-        for axis, matrix in enumerate(matrices):
-            entries = matrix.abs().to(x) if power == 1 else _power(matrix, power).to(x)
+        for axis, matrix in matrices.items():
+            entries = matrix.to(x) if power == 1 else _power(matrix, power).to(x)
             x = (x.movedim(2 + axis, -1) @ entries.T).movedim(-1, 2 + axis)
         return x
 
-    return t.add(Wire((flow,), t.shape(node), apply=apply), node)
+    return t.add(Wire((flow,), torch.Size(shape), apply=apply), node)
 
 
 def _power(entries: Tensor, power: float) -> Tensor:
