@@ -15,7 +15,8 @@ from .distributed import ALONE, Group, is_distributed, local, reshard, row_group
 from .exporting import UnsupportedModelError, canonical_names, export, module_path, operator_name
 from .nodes import Constant, Gate, Input, Node, Scale, Shift, Sum, Synapse, Wire
 from .stores import held
-from .structure import rebuilt, without_values
+from .structure import rebuilt, require_module, without_values
+from .surroundings import undisturbed
 from .tracer import Choice, Forward, Place, Tracer, rule_of
 
 __all__ = ["PathNetwork", "SupportReport", "UnsupportedModelError"]
@@ -61,6 +62,7 @@ class PathNetwork:
     # ------------------------------------------------------------------------------------------ from a module
 
     @classmethod
+    @undisturbed
     def from_module(
         cls,
         model: nn.Module,
@@ -101,6 +103,7 @@ class PathNetwork:
         cls, model: nn.Module, example_input: Any, tensors: Mapping[str, Tensor] | None, sharded: bool
     ) -> tuple[PathNetwork, Tracer]:
         """A network without nodes, and what reads them of the model."""
+        require_module(model, "PathNetwork")
         reshard(model)
         values = _values(model, tensors, sharded)
         net = cls()
@@ -124,6 +127,7 @@ class PathNetwork:
         self.shards = row_group({name: self.tensors[name] for name in self.tensors if name in weights})
 
     @classmethod
+    @undisturbed
     def support_report(cls, model: nn.Module, example_input: Any) -> SupportReport:
         """Every operator of the model, its rule or none, and the modules it comes from.
 
@@ -170,7 +174,7 @@ class PathNetwork:
 
     def _shape(self, index: int) -> torch.Size:
         if not 0 <= index < len(self.nodes):
-            raise ValueError(f"PathNetwork.add: inputs: wanted indices below {len(self.nodes)}, got {index}")
+            raise ValueError(f"PathNetwork: flow: wanted the index of a node, 0 to {len(self.nodes) - 1}, got {index}")
         return self.nodes[index].shape
 
     def add_tensor(self, name: str, tensor: Tensor | None = None) -> None:
@@ -208,9 +212,11 @@ class PathNetwork:
             raise ValueError(f"PathNetwork.add_synapse: options: wanted {sorted(defaults)}, got {sorted(unknown)}")
         values = {key: options.get(key, default) for key, default in defaults.items()}
         geometry = {key: (v,) * n if isinstance(v, int) else tuple(v) for key, v in values.items()}
-        self.add_weight(name, weight)
         probe = Synapse((flow,), torch.Size(), weight=name, form=form, groups=groups, where=name, **geometry)
         shape = _synapse_shape(probe, self._shape(flow), weight)
+        if self.tensors.get(name, weight) is not weight:
+            raise ValueError(f"PathNetwork.add_synapse: name: wanted one that no other weight has, got {name!r}")
+        self.add_weight(name, weight)
         index = self.add(Synapse(**{**probe.__dict__, "shape": shape}))
         if bias is None:
             return index
@@ -234,11 +240,18 @@ class PathNetwork:
 
     def add_sum(self, *flows: int) -> int:
         """The sum of flows: the end of a skip connection."""
+        if not flows:
+            raise ValueError("PathNetwork.add_sum: flows: wanted at least one, got none")
         shape = torch.broadcast_shapes(*(self._shape(index) for index in flows))
         return self.add(Sum(flows, torch.Size(shape)))
 
     def add_cat(self, *flows: int, dim: int = 1) -> int:
+        """Flows side by side along an axis, the batch axis being 0."""
+        if not flows:
+            raise ValueError("PathNetwork.add_cat: flows: wanted at least one, got none")
         shape = list(self._shape(flows[0]))
+        if not -len(shape) <= dim < len(shape):
+            raise ValueError(f"PathNetwork.add_cat: dim: wanted an axis of {len(shape)}, got {dim}")
         dim = dim % len(shape)
         shape[dim] = sum(self._shape(index)[dim] for index in flows)
         return self.add(Wire(flows, torch.Size(shape), apply=lambda xs, p: torch.cat(list(xs), dim), concat_dim=dim))
@@ -250,6 +263,8 @@ class PathNetwork:
 
     def set_outputs(self, *flows: int) -> PathNetwork:
         """Names the output nodes; returns the network."""
+        for index in flows:
+            self._shape(index)
         self.outputs = flows
         self._drop_dead_ends()
         return self
@@ -279,10 +294,11 @@ class PathNetwork:
         Patterns are those of ``fnmatch`` on qualified names.
 
         Raises:
+            TypeError: patterns that are no strings.
             ValueError: a pattern that matches no prunable weight, or nothing left to prune.
         """
-        exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
-        include = None if include is None else ((include,) if isinstance(include, str) else tuple(include))
+        exclude = _patterns("exclude", exclude)
+        include = None if include is None else _patterns("include", include)
         for pattern in (*(include or ()), *exclude):
             if not fnmatch.filter(self.prunable, pattern):
                 raise ValueError(f"include/exclude: pattern '{pattern}' matches none of {list(self.prunable)}")
@@ -309,10 +325,10 @@ def as_network(model: nn.Module | PathNetwork, example_input: Any, *, sharded: b
     """A path network as it is; a module by way of ``PathNetwork.from_module``."""
     if isinstance(model, PathNetwork):
         if not model.outputs:
-            raise ValueError("prune: model: wanted a PathNetwork with outputs (set_outputs), got none")
+            raise ValueError("PathNetwork: model: wanted a PathNetwork with outputs (set_outputs), got none")
         return model
     if not isinstance(model, nn.Module):
-        raise TypeError(f"prune: model: wanted a module or PathNetwork, got {type(model).__name__}")
+        raise TypeError(f"PathNetwork: model: wanted a module or PathNetwork, got {type(model).__name__}")
     if example_input is None:
         raise ValueError("example_input: wanted an input the model accepts, got None")
     return PathNetwork.from_module(model, example_input, sharded=sharded)
@@ -390,6 +406,17 @@ def _check_tensors(model: nn.Module) -> None:
     if not tensors:
         raise ValueError(f"PathNetwork: model: wanted parameters, got {type(model).__name__} with none")
     tensors |= dict(model.named_buffers())
+    empty = [name for name, tensor in tensors.items() if nn.parameter.is_lazy(tensor)]
+    if empty:
+        raise ValueError(
+            f"PathNetwork: model: wanted weights with a shape (run a batch first), got lazy ones: {empty[0]}"
+        )
+    frozen = [name for name, tensor in tensors.items() if tensor.is_inference()]
+    if frozen:
+        raise ValueError(
+            "PathNetwork: model: wanted ordinary tensors (copy.deepcopy of the model makes them), got some made under "
+            f"torch.inference_mode: {frozen[0]}"
+        )
     meta = [name for name, tensor in tensors.items() if tensor.is_meta]
     if meta:
         raise ValueError(f"PathNetwork: model: wanted materialised weights, got meta tensors: {', '.join(meta[:5])}")
@@ -398,12 +425,33 @@ def _check_tensors(model: nn.Module) -> None:
         raise ValueError(f"PathNetwork: model: wanted one device, got {sorted(map(str, devices))}")
 
 
+def _patterns(name: str, given: object) -> tuple[str, ...]:
+    """One pattern or several, as several."""
+    several = [given] if isinstance(given, str) else list(given) if isinstance(given, Iterable) else [None]
+    if not all(isinstance(pattern, str) for pattern in several):
+        raise TypeError(f"{name}: wanted a name pattern or a list of them, got {given!r}")
+    return tuple(several)
+
+
 def _unwatched(name: str) -> None:
     """Nobody wants to know which weights have been read."""
 
 
 def _synapse_shape(node: Synapse, entering: torch.Size, weight: Tensor) -> torch.Size:
     """The shape a synapse gives, found by running it on meta tensors."""
+    forms = ("linear", "linear_t", "experts", "experts_t", "conv", "conv_transpose")
+    if node.form not in forms:
+        raise ValueError(f"PathNetwork.add_synapse: form: wanted one of {forms}, got {node.form!r}")
+    try:
+        return _run_on_meta(node, entering, weight)
+    except (RuntimeError, IndexError) as error:
+        raise ValueError(
+            f"PathNetwork.add_synapse: weight: wanted one that a {node.form} takes with a flow of shape "
+            f"{tuple(entering)}, got {tuple(weight.shape)}: {error}"
+        ) from error
+
+
+def _run_on_meta(node: Synapse, entering: torch.Size, weight: Tensor) -> torch.Size:
     x, w = torch.empty(entering, device="meta"), torch.empty(weight.shape, device="meta")
     if node.form == "linear":
         return torch.nn.functional.linear(x, w).shape

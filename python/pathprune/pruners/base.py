@@ -115,10 +115,10 @@ def require_pruner(pruner: object, who: str) -> None:
 
 def require_scores(pruner: object, who: str) -> None:
     """Raises TypeError for what is no pruner, or takes weights without scoring them."""
-    require_pruner(pruner, f"{who}: base")
+    require_pruner(pruner, who)
     assert isinstance(pruner, Pruner)
     if type(pruner).scorer is Pruner.scorer:
-        raise TypeError(f"{who}: base: wanted a pruner that scores weights, got {pruner.name}, which does not")
+        raise TypeError(f"{who}: wanted a pruner that scores weights, got {pruner.name}, which does not")
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class Wrapper(Pruner):
     rounds: int = field(default=0, kw_only=True)
 
     def __post_init__(self) -> None:
-        require_scores(self.base, self.name)
+        require_scores(self.base, f"{self.name}: base")
         object.__setattr__(self, "rounds", self.base.rounds)
 
     @property
@@ -271,6 +271,8 @@ class Selection:
             keep = self.total - int((1.0 - density) * self.total)
         else:
             keep = round(self.total * density)
+        if not keep and self.scope.kind == "global":
+            raise ValueError(f"prune: density: wanted one that keeps a weight, got {density:.3g} of {self.total}")
         shares = {}
         for weight in self.weights:
             size = row_length(weight) if self.scope.kind in ("row", "n:m") else weight.shape.numel()
