@@ -93,6 +93,11 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "prune: density: wanted one that keeps a weight, got 0.0001 of 400",
     ),
+    "no walk": (
+        lambda: pp.prune(MODEL, pp.PHEW(), density=1e-4, example_input=X),
+        ValueError,
+        "prune: density: wanted one that keeps a weight, got 0.0001 of 400",
+    ),
     # pruners
     "a loss by name": (lambda: pp.SNIP([BATCH], loss="mse"), TypeError, "SNIP: loss: wanted a function of .*got 'mse'"),
     "no policy": (lambda: pp.SynFlow(policy=3), TypeError, "policy: wanted one of .* or a Policy, got 3"),

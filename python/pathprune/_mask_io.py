@@ -408,7 +408,7 @@ def compare(model: nn.Module, shapes: Mapping[str, Sequence[int]], recorded: str
             differ or a weight is on the meta device.
     """
     present = dict(model.named_parameters(remove_duplicate=False))
-    lazy = [n for n in shapes if nn.parameter.is_lazy(present.get(n))]
+    lazy = [name for name in shapes if name in present and nn.parameter.is_lazy(present[name])]
     if lazy:
         raise ValueError(f"masks: model: wanted weights with a shape (run a batch first), got lazy ones: {lazy[0]}")
     absent = [name for name in shapes if name not in present]

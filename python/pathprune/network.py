@@ -356,9 +356,10 @@ class SupportReport:
     def __str__(self) -> str:
         lines = [f"{self.model}: {len(self.rows)} operators, {len(self.missing())} without a rule"]
         width = max((len(name) for name in self.rows), default=0)
+        rules = max((len(rule) for rule, _ in self.rows.values()), default=0)
         for name, (rule, modules) in sorted(self.rows.items(), key=lambda row: (row[1][0] != "none", row[0])):
             more = f" and {len(modules) - 2} more" if len(modules) > 2 else ""
-            lines.append(f"  {name:<{width}}  {rule:<12}  {len(modules):>4} x  {', '.join(modules[:2])}{more}")
+            lines.append(f"  {name:<{width}}  {rule:<{rules}}  {len(modules):>4} x  {', '.join(modules[:2])}{more}")
         lines += [f"  refused: {use}" for use in self.refused]
         return "\n".join(lines)
 
