@@ -264,6 +264,25 @@ def test_a_sparse_model_is_pickled_and_copied() -> None:
         assert torch.equal(other(X), y)
 
 
+def test_tied_weights_are_written_once(tmp_path: Path) -> None:
+    def tied() -> nn.ModuleDict:
+        torch.manual_seed(0)
+        model = nn.ModuleDict({"embed": nn.Embedding(7, 20), "body": mlp(), "head": nn.Linear(20, 7, bias=False)})
+        model["head"].weight = model["embed"].weight
+        return model
+
+    path, model, other = tmp_path / "sparse.safetensors", tied(), tied()
+    pp.sparsify(model, {"body.0.weight": MASKS["0.weight"]}, min_speedup=0.0)
+    with torch.no_grad():
+        model["embed"].weight.add_(1)
+    pp.save_sparse(model, path)
+    pp.load_sparse(other, path)
+    assert isinstance(other["body"][0], pp.SparseLinear)
+    assert other["head"].weight is other["embed"].weight
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(other.state_dict()[name], tensor)
+
+
 def test_a_refused_mask_leaves_every_layer_dense() -> None:
     model = mlp()
     before = copy.deepcopy(model.state_dict())

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ._mask_io import write_atomically
 from .checks import accumulate_dtype, refuse, words
+from .exporting import canonical_names
 from .masked import PackedMask, expected_speedup, masked_matmul, pack_mask, unpack_layout
 from .masks import Masks
 from .pruned_convolution import expected_gain, pays_to_shift, thin_convolution
@@ -452,7 +453,8 @@ def save_sparse(model: nn.Module, path: str | os.PathLike[str]) -> None:
         OSError: the disk is full, the folder is missing, ... An older file stays as it was.
     """
     require_module(model, "save_sparse")
-    state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    names = canonical_names(model)  # a tied tensor is written once
+    state = {n: tensor.detach().contiguous() for n, tensor in model.state_dict().items() if names.get(n, n) == n}
     write_atomically(path, [save(state, {"format": "pt", "pathprune": "sparse"})])
 
 
@@ -471,6 +473,7 @@ def load_sparse(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     state = load_file(path)
     masks: dict[str, Tensor] = {}  # of the layers that are still dense
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    state |= {n: state[first] for n, first in canonical_names(model).items() if n in wanted and first in state}
     for name in [key.removesuffix(".layout") for key in state if key.rpartition(".")[2] == "layout"]:
         layer = dict(model.named_modules()).get(name)
         if isinstance(layer, _Sparse):  # takes any mask of its shape, and as many values
