@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .surroundings import device_of_caller
 
-_ONE_AT_A_TIME = threading.RLock()  # torch.export keeps its state in globals
+ONE_AT_A_TIME = threading.RLock()  # torch.export keeps its state in globals, and its own tensors in the model's modules
 _TOLD_BY_ERRORS = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes", "torch.export")
 
 
@@ -93,7 +93,7 @@ def export(model: nn.Module, example_input: Any) -> torch.export.ExportedProgram
     args, kwargs = one_sample(example_input)
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     try:
-        with _ONE_AT_A_TIME, _quietly(), torch.random.fork_rng(devices=devices), _as_it_is_read(model):
+        with ONE_AT_A_TIME, _quietly(), torch.random.fork_rng(devices=devices), _as_it_is_read(model):
             return _by_values(torch.export.export(model, args, kwargs, strict=False))
     except Exception as error:  # torch.export raises many types, user code any
         summary = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else "without a message"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .distributed import ALONE, Group, is_distributed, local, reshard, row_group, whole
-from .exporting import UnsupportedModelError, canonical_names, export, module_path, operator_name
+from .exporting import ONE_AT_A_TIME, UnsupportedModelError, canonical_names, export, module_path, operator_name
 from .nodes import Constant, Gate, Input, Node, Scale, Shift, Sum, Synapse, Wire
 from .stores import held
 from .structure import rebuilt, require_module, without_values
@@ -74,7 +74,8 @@ class PathNetwork:
         """Reads an unmodified module.
 
         Parameters that are DTensors (FSDP2) are gathered, so every rank of their mesh calls this; those that
-        accelerate has offloaded are read from where it keeps them.
+        accelerate has offloaded are read from where it keeps them. Threads take turns; while one reads a model, no
+        other may run it.
 
         Args:
             model: any ``nn.Module`` that ``torch.export`` accepts; it is not touched.
@@ -88,15 +89,16 @@ class PathNetwork:
             UnsupportedModelError: the module cannot be exported, or an operator has no rule; names module and rule.
             ValueError: no parameters, meta tensors, or several devices; ``sharded``: a weight not cut along its rows.
         """
-        net, tracer = cls._exported(model, example_input, tensors, sharded)
-        tracer.run()
-        net._drop_dead_ends()
-        net._order_prunable(name for name, _ in model.named_parameters())
-        if sharded:
-            net._gather_all_but_weights()
-        reached = {name for k in net.synapses() for name in [net.nodes[k].weight]}  # type: ignore[attr-defined]
-        net.unreached = tuple(name for name in _weight_names(tracer.shown) if name not in reached)
-        return net
+        with ONE_AT_A_TIME:
+            net, tracer = cls._exported(model, example_input, tensors, sharded)
+            tracer.run()
+            net._drop_dead_ends()
+            net._order_prunable(name for name, _ in model.named_parameters())
+            if sharded:
+                net._gather_all_but_weights()
+            reached = {name for k in net.synapses() for name in [net.nodes[k].weight]}  # type: ignore[attr-defined]
+            net.unreached = tuple(name for name in _weight_names(tracer.shown) if name not in reached)
+            return net
 
     @classmethod
     def _exported(
@@ -133,8 +135,9 @@ class PathNetwork:
 
         Raises as :meth:`from_module` does, but not for operators.
         """
-        _, tracer = cls._exported(model, example_input, None, False)
-        lacking, refused = tracer.survey()
+        with ONE_AT_A_TIME:
+            _, tracer = cls._exported(model, example_input, None, False)
+            lacking, refused = tracer.survey()
         rows: dict[str, tuple[str, list[str]]] = {}
         for node in tracer.graph.nodes:
             schema = getattr(node.target, "_schema", None)
