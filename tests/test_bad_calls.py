@@ -98,6 +98,24 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "prune: density: wanted one that keeps a weight, got 0.0001 of 400",
     ),
+    "density in words": (
+        lambda: pp.prune(MODEL, pp.Magnitude(), density="0.5"),
+        TypeError,
+        "prune: density: wanted a number or a list of numbers, got '0.5'",
+    ),
+    "density of truth": (
+        lambda: pp.prune(MODEL, pp.Magnitude(), sparsity=[True]),
+        TypeError,
+        r"prune: sparsity: wanted a number or a list of numbers, got \[True\]",
+    ),
+    "allocation of all": (
+        lambda: prune(allocation="erdos_renyi_kernel"),
+        ValueError,
+        "prune: allocation: wanted scope='layer' or 'row' with it, got scope='global'",
+    ),
+    "twice compact": (lambda: prune(compact=2.0), ValueError, r"prune: compact: .* a fraction in \[0, 1\], got 2.0"),
+    "regrowth in words": (lambda: prune(allow_regrowth="no"), TypeError, "allow_regrowth: wanted True, False or None"),
+    "no savepoints": (lambda: prune(savepoints="a"), TypeError, "prune: savepoints: wanted Savepoints, got str"),
     # pruners
     "a loss by name": (lambda: pp.SNIP([BATCH], loss="mse"), TypeError, "SNIP: loss: wanted a function of .*got 'mse'"),
     "no policy": (lambda: pp.SynFlow(policy=3), TypeError, "policy: wanted one of .* or a Policy, got 3"),
