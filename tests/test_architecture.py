@@ -39,6 +39,7 @@ FLOORS = [
         "scaled",
         "distributed",
         "structure",
+        "surroundings",
         "stores",
         "maintenance",
         "bench",

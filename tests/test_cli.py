@@ -309,3 +309,10 @@ def test_score_space_refuses_in_a_line_and_writes_nothing(tmp_path, options, sai
     found = CliRunner().invoke(cli.app, ["score-space", "--out", str(tmp_path / "s.jsonl"), *options])
     assert found.exit_code == 1 and said in found.output and len(found.output.strip().splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_is_a_module_too():
+    done = subprocess.run([sys.executable, "-m", "pathprune", "--help"], capture_output=True, text=True, check=True)
+    shown = [line for line in done.stdout.splitlines() if line.startswith("  prune ")]
+    assert len(shown) == 1
+    assert "..." not in done.stdout.split("Commands:")[1]  # every command in a whole line

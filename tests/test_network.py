@@ -127,12 +127,28 @@ def test_refusal_names_the_operator_and_the_module(case):
     assert "'1' (Calls)" in str(caught.value)
 
 
-def test_weight_norm_is_refused():
-    model = nn.Sequential(nn.Linear(4, 4), nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)))
-    with pytest.raises(UnsupportedModelError, match="the weight is computed by the model, not a parameter") as caught:
+COMPUTED = {
+    "parametrize.remove_parametrizations": nn.utils.parametrizations.weight_norm,
+    "remove_weight_norm": nn.utils.weight_norm,
+    "remove_spectral_norm": nn.utils.spectral_norm,
+    "prune.remove": lambda layer: nn.utils.prune.l1_unstructured(layer, "weight", amount=0.5),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated", "ignore:The tensor attribute")
+@pytest.mark.parametrize("remedy", COMPUTED)
+def test_a_computed_weight_is_refused_with_what_makes_it_a_parameter(remedy):
+    model = nn.Sequential(nn.Linear(4, 4), COMPUTED[remedy](nn.Linear(4, 4)))
+    message = rf"linear in module '1' .*the weight is computed by the model, not a parameter; torch.nn.utils.{remedy} "
+    with pytest.raises(UnsupportedModelError, match=message):
         PathNetwork.from_module(model, torch.ones(1, 4))
-    assert "'1'" in str(caught.value)
-    assert "linear" in str(caught.value)
+
+
+def test_a_sparse_model_is_told_to_be_densified():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1] = pp.SparseLinear(model[1], torch.eye(4).bool())
+    with pytest.raises(UnsupportedModelError, match=r"in module '1' \(SparseLinear\).*; pathprune.densify first"):
+        PathNetwork.from_module(model, torch.ones(1, 4))
 
 
 class Branches(nn.Module):

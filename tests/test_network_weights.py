@@ -199,6 +199,9 @@ def test_support_report_lists_operators_rules_and_modules():
     }
     assert rules == {**wanted, "max_pool2d": "pool", "linear": "linear"}
     assert report.rows["conv2d"][1] == ["'0' (Conv2d)"]
+    assert (
+        len({line.index(" x  '") for line in str(report).splitlines()[1:]}) == 1
+    )  # columns, whatever a rule is called
 
 
 def test_support_report_flags_all_that_is_missing_at_once():

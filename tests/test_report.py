@@ -373,6 +373,11 @@ def test_the_plot_shows_every_layer(tmp_path, count: int) -> None:
     boxes = [label.get_window_extent(drawn) for label in densities.get_yticklabels()]
     assert all(box.x0 >= 0 and box.x1 <= figure.bbox.x1 for box in boxes)
     assert not any(a.overlaps(b) for a, b in pairwise(boxes))
+    figure.draw_without_rendering()
+    ticks = [*densities.get_xticklabels(), *densities.get_xticklabels(minor=True)]
+    shown = sorted((tick.get_window_extent(drawn) for tick in ticks if tick.get_text()), key=lambda box: box.x0)
+    assert len(shown) > 1
+    assert not any(a.overlaps(b) for a, b in pairwise(shown))
 
 
 def test_the_plot_draws_into_given_axes() -> None:

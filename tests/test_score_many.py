@@ -385,7 +385,7 @@ def test_a_killed_run_goes_on(tmp_path):
         ({"method": []}, ValueError, "score_many: method: wanted one or several different ones"),
         ({"method": ["snip"]}, ValueError, r"score_many: data: wanted batches \(x, y\) for 'snip', got None"),
         ({"method": ["synflow", "synflow"]}, ValueError, "wanted one or several different ones"),
-        ({"method": pp.PHEW()}, TypeError, "score_many: base: wanted a pruner that scores weights, got PHEW"),
+        ({"method": pp.PHEW()}, TypeError, "score_many: method: wanted a pruner that scores weights, got PHEW"),
         ({"batch": 0}, ValueError, "score_many: batch: wanted at least 1, got 0"),
         ({"method": "snip", "data": [1], "architecture": mlp((6, 5, 3))}, ValueError, "wanted a path method"),
     ],

@@ -196,7 +196,7 @@ def test_compile_and_dtypes() -> None:
 def test_refuses() -> None:
     with pytest.raises(ValueError, match=r"sparsify: masks: wanted names of parameters, got 9\.weight"):
         pp.sparsify(mlp(), {"9.weight": torch.ones(2, 2, dtype=torch.bool)})
-    with pytest.raises(ValueError, match=r"sparsify: masks\['0\.weight'\]: wanted shape \[64, 20\]"):
+    with pytest.raises(ValueError, match=r"sparsify: masks\['0\.weight'\]: wanted a bool tensor of shape \[64, 20\]"):
         pp.sparsify(mlp(), {"0.weight": torch.ones(2, 2, dtype=torch.bool)})
     with pytest.raises(ValueError, match="SparseLinear: mask: wanted bool"):
         pp.SparseLinear(nn.Linear(3, 4), torch.ones(2, 2, dtype=torch.bool))

@@ -274,6 +274,8 @@ def read_masks(path: str | os.PathLike[str]) -> tuple[Layers, dict[str, Any]]:
         MaskFileError: truncated, altered, another kind of safetensors file, or written by a newer version.
         OSError: the file cannot be opened.
     """
+    if os.path.isdir(path):
+        raise IsADirectoryError(errno.EISDIR, "Is a folder, not a file of masks", os.fspath(path))
     try:
         with safe_open(path, framework="pt") as file:
             text = dict(file.metadata() or {})
@@ -313,6 +315,8 @@ def write_atomically(path: str | os.PathLike[str], chunks: Iterable[Any]) -> Non
     folder, name = os.path.split(target)
     if not os.path.isdir(folder):
         raise FileNotFoundError(errno.ENOENT, "No such folder", folder)
+    if os.path.exists(target) and not os.path.isfile(target):  # a rename would take a device's place
+        raise FileExistsError(errno.EEXIST, "Is there, and is no ordinary file", target)
     temporary = os.path.join(folder, f".{name}.{secrets.token_hex(8)}.tmp")
     try:
         with open(temporary, "xb") as file:
@@ -404,6 +408,9 @@ def compare(model: nn.Module, shapes: Mapping[str, Sequence[int]], recorded: str
             differ or a weight is on the meta device.
     """
     present = dict(model.named_parameters(remove_duplicate=False))
+    lazy = [name for name in shapes if name in present and nn.parameter.is_lazy(present[name])]
+    if lazy:
+        raise ValueError(f"masks: model: wanted weights with a shape (run a batch first), got lazy ones: {lazy[0]}")
     absent = [name for name in shapes if name not in present]
     other = [
         (name, tuple(shape), tuple(present[name].shape))

@@ -22,6 +22,7 @@ from .batches import Batch
 from .checks import accumulate_dtype
 from .expert_inputs import ExpertInputs, one_by_one
 from .layers import expert_matrices, is_transposed, modules_of
+from .surroundings import device_of_caller
 
 _TOKENS = 4096  # rows squared at once
 
@@ -171,7 +172,7 @@ def _of_patches(x: Tensor, output: Tensor, module: Any) -> Tensor:
 
 def run(model: nn.Module, batches: Iterable[Batch]) -> None:
     """Runs the model on each batch."""
-    with evaluating(model):
+    with evaluating(model), device_of_caller():
         for batch in batches:
             model(*batch.args, **dict(batch.kwargs))
 

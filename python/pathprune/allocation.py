@@ -29,11 +29,13 @@ from .pruning import prune
 from .real import Real
 from .schedules import layer_densities
 from .select import Bracket, Scores
+from .surroundings import undisturbed
 from .weights import weights_of
 
 SHAPE_RULES = {"uniform": "uniform", "erk": "erdos_renyi_kernel", "smart_ratio": "smart_ratio"}
 
 
+@undisturbed
 def allocate(
     model: nn.Module | PathNetwork,
     density: float,

@@ -42,6 +42,7 @@ from .residency import DEFAULT_BUDGET
 from .restartable import RestartableFolder
 from .savepoints import Savepoints
 from .shards import CheckpointError, Shard
+from .surroundings import undisturbed
 from .version import __version__
 
 ASSEMBLED = ".assembled"  # in a folder in the making alone; no shard and no file that goes along has such a name
@@ -74,6 +75,7 @@ class PrunedCheckpoint:
         return lines
 
 
+@undisturbed
 def prune_checkpoint(
     folder: str | Path,
     pruner: Pruner,

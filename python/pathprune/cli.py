@@ -138,7 +138,10 @@ def prune(
     exclude: Annotated[list[str] | None, typer.Option(help="Name pattern to leave whole; repeatable.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace earlier results in the folder.")] = False,
 ) -> None:
-    """Prune a model to a density: masks, report and plot into a folder, all of them or none."""
+    """Prune a model to a density.
+
+    Masks, report and plot are written into a folder, all of them or none.
+    """
     with _one_line_errors():
         _check_folder(out, overwrite)
         network = load_model(model, state_dict, seed)
@@ -182,7 +185,10 @@ def prune_checkpoint(
     seed: Seed = 0,
     exclude: Annotated[list[str] | None, typer.Option(help="Name pattern to leave whole; repeatable.")] = None,
 ) -> None:
-    """Prune a checkpoint from file to file, in bounded memory; the same command goes on after an interruption."""
+    """Prune a checkpoint from file to file.
+
+    Memory is bounded; the same command goes on after an interruption.
+    """
     with _one_line_errors():
         made = prune_files(
             folder,
@@ -204,7 +210,10 @@ def prune_checkpoint(
 
 @app.command()
 def support(model: Model, input_shape: Shape = None, state_dict: StateDict = None, seed: Seed = 0) -> None:
-    """List every operator of a model and its path rule; exit code 1 if one has none."""
+    """List a model's operators and path rules.
+
+    Exit code 1 if an operator has no rule, or one that refuses its use.
+    """
     with _one_line_errors():
         network = load_model(model, state_dict, seed)
         found = PathNetwork.support_report(network, example_input(network, input_shape))
@@ -247,7 +256,10 @@ def score_space(
     batch: Annotated[int, typer.Option(help="Architectures in a flow.")] = 256,
     top: Annotated[int, typer.Option(help="How many of the best to show, by the first method.")] = 10,
 ) -> None:
-    """Score the 15,625 cells of NAS-Bench-201's space, or a sample, without data."""
+    """Score the cells of NAS-Bench-201's space.
+
+    All 15,625 of them, or a sample; without data.
+    """
     with _one_line_errors():
         space, methods = CellSpace(), method or ["synflow"]
         architectures = None
@@ -278,7 +290,10 @@ _PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 @app.command(context_settings=_PASSED_ON, add_help_option=False)
 def bench(context: typer.Context) -> None:
-    """Measure against the published loops and plain PyTorch (in a checkout); `pathprune bench --help` says how."""
+    """Measure against published loops and PyTorch.
+
+    In a checkout; `pathprune bench --help` says how.
+    """
     with _one_line_errors():
         code = benchmarks.run(context.args)
     raise typer.Exit(code)

@@ -17,6 +17,7 @@ from .masks import Masks
 from .network import PathNetwork, as_network
 from .path_kernel import PathKernel
 from .report import path_counts
+from .surroundings import undisturbed
 from .tables import percent, table
 from .tangent_kernel import ntk_trace, ntk_trace_bound
 
@@ -85,6 +86,7 @@ class Comparison:
         return plot_comparison(self.rows, path)
 
 
+@undisturbed
 def compare(
     model: nn.Module | PathNetwork,
     masks: Mapping[str, Masks | None] | Sequence[Masks],

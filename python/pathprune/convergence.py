@@ -21,6 +21,7 @@ from .batches import Batch
 from .network import PathNetwork, as_network
 from .path_kernel import log2_trace
 from .recording import record
+from .surroundings import undisturbed
 from .tangent_kernel import ntk
 
 
@@ -46,6 +47,7 @@ class Convergence:
         return int(reached[0]) if reached.numel() else None
 
 
+@undisturbed
 def predict_convergence(
     model: nn.Module | PathNetwork,
     x: Tensor,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -9,6 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from .surroundings import device_of_caller
+
+ONE_AT_A_TIME = threading.RLock()  # torch.export keeps its state in globals, and its own tensors in the model's modules
+_TOLD_BY_ERRORS = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes", "torch.export")
 
 
 class UnsupportedModelError(ValueError):
@@ -42,8 +50,8 @@ class _EveryChoice(TorchFunctionMode):
 
 
 @contextmanager
-def _plainly(model: nn.Module, every_choice: bool) -> Iterator[None]:
-    """For the time of the export: no fused layers, no caches, experts without control flow, maybe all chosen."""
+def _as_it_is_read(model: nn.Module, every_choice: bool) -> Iterator[None]:
+    """For the time of the export: evaluation mode, nothing fused or cached, no control flow, maybe every expert."""
     settings = {"use_cache": False, "_experts_implementation": "batched_mm"}  # Hugging Face's
     configs = {id(c): c for c in (getattr(module, "config", None) for module in model.modules()) if c is not None}
     before = [(c, key, getattr(c, key)) for c in configs.values() for key in settings if getattr(c, key, None)]
@@ -52,7 +60,8 @@ def _plainly(model: nn.Module, every_choice: bool) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(False)
         for config, key, _ in before:
             setattr(config, key, settings[key])
-        with _EveryChoice() if every_choice else nullcontext():
+        choices = _EveryChoice() if every_choice else nullcontext()
+        with evaluating(model), torch.no_grad(), device_of_caller(), choices:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(is_fast)
@@ -60,8 +69,24 @@ def _plainly(model: nn.Module, every_choice: bool) -> Iterator[None]:
             setattr(config, key, value)
 
 
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without torch's log of what an exception is going to say, unless that log was asked for (``TORCH_LOGS``)."""
+    loggers = [logging.getLogger(name) for name in _TOLD_BY_ERRORS]
+    silenced = [logger for logger in loggers if logger.level == logging.NOTSET and not logger.disabled]
+    try:
+        for logger in silenced:
+            logger.disabled = True
+        yield
+    finally:
+        for logger in silenced:
+            logger.disabled = False
+
+
 def export(model: nn.Module, example_input: Any, *, every_choice: bool = True) -> torch.export.ExportedProgram:
     """``torch.export`` of the model in eval mode for one sample; mode, buffers, gradients and RNG state are untouched.
+
+    Threads take turns.
 
     Args:
         every_choice: ``topk`` gives all there are, so that every expert is chosen; else what the model asks for.
@@ -72,15 +97,19 @@ def export(model: nn.Module, example_input: Any, *, every_choice: bool = True) -
     args, kwargs = one_sample(example_input)
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     try:
-        with torch.random.fork_rng(devices=devices), evaluating(model), torch.no_grad(), _plainly(model, every_choice):
+        as_read = _as_it_is_read(model, every_choice)
+        with ONE_AT_A_TIME, _quietly(), torch.random.fork_rng(devices=devices), as_read:
             return _by_values(torch.export.export(model, args, kwargs, strict=False))
     except Exception as error:  # torch.export raises many types, user code any
-        summary = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        shapes = [tuple(a.shape) for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+        summary = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else "without a message"
+        shapes = [tuple(a.shape) for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
+        hint = "The forward must accept example_input and must not branch on values of tensors (torch.export)"
+        if "need to register a pytree" in summary:
+            summary = summary.split(". If this type")[0]
+            hint = "torch.export.register_dataclass makes a dataclass of tensors known"
         raise UnsupportedModelError(
             f"PathNetwork: {type(model).__name__} could not be exported with an example_input of shape(s) {shapes}: "
-            f"{type(error).__name__}: {summary}. The forward must accept example_input and must not branch on values "
-            "of tensors (torch.export)"
+            f"{type(error).__name__}: {summary}. {hint}"
         ) from error
 
 
@@ -112,9 +141,12 @@ def one_sample(example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         args, kwargs = tuple(example_input), {}
     else:
         raise TypeError(f"example_input: wanted a tensor, tuple or dict of kwargs, got {type(example_input).__name__}")
-    tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+    tensors = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
     if not tensors:
         raise ValueError("example_input: wanted at least one tensor (torch.ones(1, ...) of a shape), got none")
+    unread = next((a for a in tensors if a.layout != torch.strided or a.is_quantized), None)
+    if unread is not None:
+        raise ValueError(f"example_input: wanted dense tensors, got {unread.dtype} of layout {unread.layout}")
     batch = tensors[0].shape[0] if tensors[0].dim() else None
     if batch == 0:
         raise ValueError(f"example_input: wanted at least one sample, got shape {tuple(tensors[0].shape)}")
@@ -123,7 +155,7 @@ def one_sample(example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         is_batched = isinstance(a, Tensor) and a.dim() > 0 and a.shape[0] == batch
         return a[:1] if is_batched else a
 
-    return tuple(cut(a) for a in args), {key: cut(a) for key, a in kwargs.items()}
+    return tree_map(cut, args), tree_map(cut, kwargs)
 
 
 def canonical_names(model: nn.Module) -> dict[str, str]:

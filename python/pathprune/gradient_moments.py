@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ._mask_io import dense_weights
 from .batches import Data, require_reiterable, stream
 from .masks import Masks
+from .surroundings import device_of_caller, undisturbed
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class GradientMoments:
         return float(x @ y / x.square().sum())
 
 
+@undisturbed
 def gradient_moments(
     model: nn.Module, data: Data, loss: Callable[[Any, Any], Tensor], masks: Masks | None = None
 ) -> GradientMoments:
@@ -116,7 +118,8 @@ def _mean_gradients(
     seen = 0
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.enable_grad():
         for batch in stream(data, "gradient_moments", device, needs_target=True):
-            output = torch.func.functional_call(model, {**effective, **buffers}, batch.args, dict(batch.kwargs))
+            with device_of_caller():
+                output = torch.func.functional_call(model, {**effective, **buffers}, batch.args, dict(batch.kwargs))
             value = loss(output, batch.target)
             if not isinstance(value, Tensor) or value.numel() != 1:
                 got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__

@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 
 from .exporting import canonical_names
 from .network import PathNetwork
-from .structure import rebuilt
+from .structure import rebuilt, require_module
 
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
@@ -42,6 +42,7 @@ def layer_network(model: nn.Module, tensors: Mapping[str, Tensor] | None = None)
     Example:
         >>> masks = pp.prune(pp.layer_network(model), pp.Magnitude(), density=0.5)
     """
+    require_module(model, "layer_network")
     network = PathNetwork()
     network.model = model
     outputs = []

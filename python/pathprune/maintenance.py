@@ -38,11 +38,14 @@ class Maintenance:
         optimizer: any torch optimizer; a wrapper that keeps the real one in `.optimizer` is seen through.
 
     Raises:
+        TypeError: no optimizer.
         ValueError: the optimizer holds none of the parameters. Nothing was written.
     """
 
     def __init__(self, masked: Mapping[nn.Parameter, Tensor], optimizer: torch.optim.Optimizer) -> None:
         optimizer = getattr(optimizer, "optimizer", optimizer)
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"maintain: optimizer: wanted a torch optimizer, got {type(optimizer).__name__}")
         self._bits = dict(masked)
         self._removed: dict[tuple[nn.Parameter, torch.device], Tensor] = {}
         self._handles: list[Any] = []

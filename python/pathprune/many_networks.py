@@ -30,6 +30,7 @@ from .pruners.base import Pruner
 from .pruners.objective import Loss, NonFiniteLossError
 from .score_table import NetworkScore, ScoreFile
 from .scoring import check_weight_set
+from .surroundings import undisturbed
 
 Network = nn.Module | PathNetwork
 Entry = Network | WeightSet | Callable[[], "Network | WeightSet"]
@@ -148,6 +149,7 @@ class _Scorer:
         self.example_input, self.seed = example_input, seed
         self.columns = {measure.name: measure.log2 for measure in measures}
 
+    @undisturbed
     def rows(self, waiting: Sequence[tuple[str, Entry]]) -> list[NetworkScore]:
         """One for each, in order."""
         if self.architecture is None:

@@ -23,7 +23,8 @@ from pathprune import torch_prune
 from pathprune._mask_io import Count, Difference, MaskFileError, MaskMismatchError, Width, listed
 from pathprune.distributed import is_spread, local, placed_like, reshard, whole
 from pathprune.maintenance import Maintenance, write_zeros
-from pathprune.stores import copies, written
+from pathprune.stores import copies, require_apart, written
+from pathprune.structure import require_module
 
 if TYPE_CHECKING:
     from .report import Report
@@ -56,11 +57,12 @@ class Masks(Mapping[str, Tensor]):
     metadata: dict[str, Any]
 
     def __init__(self, masks: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None) -> None:
+        if not isinstance(masks, Mapping) or not all(isinstance(name, str) for name in masks):
+            raise TypeError(f"Masks: masks: wanted a mapping of bool tensors by name, got {type(masks).__name__}")
         layers: bits.Layers = {}
         for name, mask in masks.items():
             if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-                found = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-                raise TypeError(f"Masks: {name}: wanted a bool tensor, got {found}")
+                raise TypeError(f"Masks: {name}: wanted a bool tensor, got {getattr(mask, 'dtype', type(mask))}")
             if mask.is_meta:
                 raise ValueError(f"Masks: {name}: wanted a tensor with values, got one on the meta device")
             layers[name] = (bits.pack_bits(mask), mask.shape)
@@ -264,6 +266,8 @@ class Masks(Mapping[str, Tensor]):
     @classmethod
     def soup(cls, masks: Sequence[Masks], at_least: int = 1) -> Masks:
         """Keeps what `at_least` of the masks keep: 1 is the union, len(masks) the intersection."""
+        if not masks:
+            raise ValueError("Masks.soup: masks: wanted at least one, got none")
         if not 1 <= at_least <= len(masks):
             raise ValueError(f"Masks.soup: at_least: wanted 1 .. {len(masks)}, got {at_least}")
         layers: bits.Layers = {}
@@ -289,6 +293,8 @@ class Masks(Mapping[str, Tensor]):
         """
         if isinstance(seed, torch.Generator):
             seed = int(torch.randint(2**62, (), generator=seed, device=seed.device))
+        if not isinstance(seed, int):
+            raise TypeError(f"Masks.shuffle: seed: wanted an int or a torch.Generator, got {seed!r}")
         counts = self.counts()
         layers = {}
         for name, (_, shape) in self._layers.items():
@@ -366,6 +372,7 @@ class Masks(Mapping[str, Tensor]):
         Args:
             base: also hash the covered weights, if the masks recorded a hash; reads all of them.
         """
+        require_module(model, "masks")
         reshard(model)
         return bits.compare(model, self._shapes(), self.metadata.get("base_hash") if base else None)
 
@@ -403,9 +410,9 @@ class Masks(Mapping[str, Tensor]):
     def _here(self, name: str, weight: Tensor) -> Tensor:
         """The bits of what this process holds of a weight."""
         packed, shape = self._layers[name]
-        return (
-            bits.pack_bits(local(placed_like(weight, bits.unpack_mask(packed, shape)))) if is_spread(weight) else packed
-        )
+        if not is_spread(weight):
+            return packed
+        return bits.pack_bits(local(placed_like(weight, bits.unpack_mask(packed, shape))))
 
     def _targets(self, model: nn.Module, *, in_place: bool = False) -> dict[nn.Parameter, tuple[str, Tensor]]:
         """The parameters to write, each once, the first name that the masks have for it, and its memory.
@@ -416,6 +423,7 @@ class Masks(Mapping[str, Tensor]):
         present = dict(model.named_parameters(remove_duplicate=False))
         targets: dict[nn.Parameter, tuple[str, Tensor]] = {}
         first: dict[tuple[object, ...], str] = {}
+        apart: dict[str, Tensor] = {}
         for name, (packed, _) in self._layers.items():
             if name not in present:
                 continue
@@ -426,6 +434,8 @@ class Masks(Mapping[str, Tensor]):
             if not torch.equal(packed, self._layers[tied][0]):
                 raise MaskMismatchError(f"{tied} and {name} are one tied weight but have different masks")
             targets.setdefault(weight, (name, here))
+            apart.setdefault(tied, here)
+        require_apart(apart)
         return targets
 
     def apply_(self, model: nn.Module, *, strict: bool = True, base: OnOtherBase = "warn") -> nn.Module:
@@ -455,7 +465,7 @@ class Masks(Mapping[str, Tensor]):
         Zeros survive momentum and weight decay; see `Maintenance` for how, and for `remove()`. Under FSDP2 every rank
         calls this after `fully_shard`, with an optimizer of its sharded parameters.
 
-        Raises: as `check`; ValueError if the optimizer holds none of the masked parameters.
+        Raises: as `check`; ValueError if the optimizer holds none of the masked parameters, TypeError if it is none.
         """
         self.check(model, base="ignore")
         targets = self._targets(model, in_place=True)

@@ -25,6 +25,8 @@ from torch.nn import functional as F
 
 from .network import PathNetwork
 from .nodes import Gate
+from .structure import require_module
+from .surroundings import undisturbed
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -64,6 +66,7 @@ class EdgeOfChaos:
     q: float
 
 
+@undisturbed
 def edge_of_chaos(activation: str | Activation, sigma_b: float = 0.0) -> EdgeOfChaos:
     """The weight scale that puts an activation on the edge of chaos, for a given scale of the biases.
 
@@ -116,6 +119,7 @@ def edge_of_chaos(activation: str | Activation, sigma_b: float = 0.0) -> EdgeOfC
     )
 
 
+@undisturbed
 def chi(activation: str | Activation, sigma_w: float, q: float = 1.0) -> float:
     """``sigma_w^2 E[phi'(sqrt(q) Z)^2]``: by what factor the squared gradient grows from a layer to the one below.
 
@@ -158,6 +162,7 @@ def critical_sparsity_bound(chi: float, depth: int, width: int) -> float:
     return min(1.0, max(0.0, (1 + math.log(kappa * depth * width**2) / kappa) / depth))
 
 
+@undisturbed
 @torch.no_grad()
 def edge_of_chaos_init_(
     model: nn.Module,
@@ -189,6 +194,7 @@ def edge_of_chaos_init_(
     Determinism: the same generator state gives the same weights on one kind of device; they are drawn where the
     generator is.
     """
+    require_module(model, "edge_of_chaos_init_")
     if activation is None:
         activation = _activation_of(model, example_input)
     point = edge_of_chaos(activation, sigma_b)

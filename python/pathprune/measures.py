@@ -106,7 +106,7 @@ def _by_name(name: str, data: Data | None, loss: Loss) -> Measure:
 
 
 def _by_pruner(method: Pruner) -> Measure:
-    require_scores(method, "score_many")
+    require_scores(method, "score_many: method")
     return _summed(method.name, method)
 
 

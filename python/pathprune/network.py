@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from .distributed import ALONE, Group, is_distributed, local, reshard, row_group, whole
-from .exporting import UnsupportedModelError, canonical_names, export, module_path, operator_name
+from .exporting import ONE_AT_A_TIME, UnsupportedModelError, canonical_names, export, module_path, operator_name
 from .graph_values import ByRows, Choice, Forward, Place, Routed
 from .nodes import Constant, Gate, Input, Node, Scale, Shift, Sum, Synapse, Wire
 from .stores import held
-from .structure import rebuilt, without_values
+from .structure import rebuilt, require_module, without_values
+from .surroundings import undisturbed
 from .tracer import Tracer, rule_of
 
 __all__ = ["PathNetwork", "SupportReport", "UnsupportedModelError"]
@@ -68,6 +69,7 @@ class PathNetwork:
     # ------------------------------------------------------------------------------------------ from a module
 
     @classmethod
+    @undisturbed
     def from_module(
         cls,
         model: nn.Module,
@@ -79,7 +81,8 @@ class PathNetwork:
         """Reads an unmodified module.
 
         Parameters that are DTensors (FSDP2) are gathered, so every rank of their mesh calls this; those that
-        accelerate has offloaded are read from where it keeps them.
+        accelerate has offloaded are read from where it keeps them. Threads take turns; while one reads a model, no
+        other may run it.
 
         Args:
             model: any ``nn.Module`` that ``torch.export`` accepts; it is not touched.
@@ -93,21 +96,23 @@ class PathNetwork:
             UnsupportedModelError: the module cannot be exported, or an operator has no rule; names module and rule.
             ValueError: no parameters, meta tensors, or several devices; ``sharded``: a weight not cut along its rows.
         """
-        net, tracer = cls._exported(model, example_input, tensors, sharded)
-        tracer.run()
-        net._drop_dead_ends()
-        net._order_prunable(name for name, _ in model.named_parameters())
-        if sharded:
-            net._gather_all_but_weights()
-        reached = {name for k in net.synapses() for name in [net.nodes[k].weight]}  # type: ignore[attr-defined]
-        net.unreached = tuple(name for name in _weight_names(tracer.shown) if name not in reached)
-        return net
+        with ONE_AT_A_TIME:
+            net, tracer = cls._exported(model, example_input, tensors, sharded)
+            tracer.run()
+            net._drop_dead_ends()
+            net._order_prunable(name for name, _ in model.named_parameters())
+            if sharded:
+                net._gather_all_but_weights()
+            reached = {name for k in net.synapses() for name in [net.nodes[k].weight]}  # type: ignore[attr-defined]
+            net.unreached = tuple(name for name in _weight_names(tracer.shown) if name not in reached)
+            return net
 
     @classmethod
     def _exported(
         cls, model: nn.Module, example_input: Any, tensors: Mapping[str, Tensor] | None, sharded: bool
     ) -> tuple[PathNetwork, Tracer]:
         """A network without nodes, and what reads them of the model."""
+        require_module(model, "PathNetwork")
         reshard(model)
         values = _values(model, tensors, sharded)
         net = cls()
@@ -135,13 +140,15 @@ class PathNetwork:
         self.shards = row_group({name: self.tensors[name] for name in self.tensors if name in weights})
 
     @classmethod
+    @undisturbed
     def support_report(cls, model: nn.Module, example_input: Any) -> SupportReport:
         """Every operator of the model, its rule or none, and the modules it comes from.
 
         Raises as :meth:`from_module` does, but not for operators.
         """
-        _, tracer = cls._exported(model, example_input, None, False)
-        lacking, refused = tracer.survey()
+        with ONE_AT_A_TIME:
+            _, tracer = cls._exported(model, example_input, None, False)
+            lacking, refused = tracer.survey()
         rows: dict[str, tuple[str, list[str]]] = {}
         for node in tracer.graph.nodes:
             schema = getattr(node.target, "_schema", None)
@@ -181,7 +188,7 @@ class PathNetwork:
 
     def _shape(self, index: int) -> torch.Size:
         if not 0 <= index < len(self.nodes):
-            raise ValueError(f"PathNetwork.add: inputs: wanted indices below {len(self.nodes)}, got {index}")
+            raise ValueError(f"PathNetwork: flow: wanted the index of a node, 0 to {len(self.nodes) - 1}, got {index}")
         return self.nodes[index].shape
 
     def add_tensor(self, name: str, tensor: Tensor | None = None) -> None:
@@ -219,9 +226,11 @@ class PathNetwork:
             raise ValueError(f"PathNetwork.add_synapse: options: wanted {sorted(defaults)}, got {sorted(unknown)}")
         values = {key: options.get(key, default) for key, default in defaults.items()}
         geometry = {key: (v,) * n if isinstance(v, int) else tuple(v) for key, v in values.items()}
-        self.add_weight(name, weight)
         probe = Synapse((flow,), torch.Size(), weight=name, form=form, groups=groups, where=name, **geometry)
         shape = _synapse_shape(probe, self._shape(flow), weight)
+        if self.tensors.get(name, weight) is not weight:
+            raise ValueError(f"PathNetwork.add_synapse: name: wanted one that no other weight has, got {name!r}")
+        self.add_weight(name, weight)
         index = self.add(Synapse(**{**probe.__dict__, "shape": shape}))
         if bias is None:
             return index
@@ -245,11 +254,18 @@ class PathNetwork:
 
     def add_sum(self, *flows: int) -> int:
         """The sum of flows: the end of a skip connection."""
+        if not flows:
+            raise ValueError("PathNetwork.add_sum: flows: wanted at least one, got none")
         shape = torch.broadcast_shapes(*(self._shape(index) for index in flows))
         return self.add(Sum(flows, torch.Size(shape)))
 
     def add_cat(self, *flows: int, dim: int = 1) -> int:
+        """Flows side by side along an axis, the batch axis being 0."""
+        if not flows:
+            raise ValueError("PathNetwork.add_cat: flows: wanted at least one, got none")
         shape = list(self._shape(flows[0]))
+        if not -len(shape) <= dim < len(shape):
+            raise ValueError(f"PathNetwork.add_cat: dim: wanted an axis of {len(shape)}, got {dim}")
         dim = dim % len(shape)
         shape[dim] = sum(self._shape(index)[dim] for index in flows)
         return self.add(Wire(flows, torch.Size(shape), apply=lambda xs, p: torch.cat(list(xs), dim), concat_dim=dim))
@@ -261,6 +277,8 @@ class PathNetwork:
 
     def set_outputs(self, *flows: int) -> PathNetwork:
         """Names the output nodes; returns the network."""
+        for index in flows:
+            self._shape(index)
         self.outputs = flows
         self._drop_dead_ends()
         return self
@@ -290,10 +308,11 @@ class PathNetwork:
         Patterns are those of ``fnmatch`` on qualified names.
 
         Raises:
+            TypeError: patterns that are no strings.
             ValueError: a pattern that matches no prunable weight, or nothing left to prune.
         """
-        exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
-        include = None if include is None else ((include,) if isinstance(include, str) else tuple(include))
+        exclude = _patterns("exclude", exclude)
+        include = None if include is None else _patterns("include", include)
         for pattern in (*(include or ()), *exclude):
             if not fnmatch.filter(self.prunable, pattern):
                 raise ValueError(f"include/exclude: pattern '{pattern}' matches none of {list(self.prunable)}")
@@ -320,10 +339,10 @@ def as_network(model: nn.Module | PathNetwork, example_input: Any, *, sharded: b
     """A path network as it is; a module by way of ``PathNetwork.from_module``."""
     if isinstance(model, PathNetwork):
         if not model.outputs:
-            raise ValueError("prune: model: wanted a PathNetwork with outputs (set_outputs), got none")
+            raise ValueError("PathNetwork: model: wanted a PathNetwork with outputs (set_outputs), got none")
         return model
     if not isinstance(model, nn.Module):
-        raise TypeError(f"prune: model: wanted a module or PathNetwork, got {type(model).__name__}")
+        raise TypeError(f"PathNetwork: model: wanted a module or PathNetwork, got {type(model).__name__}")
     if example_input is None:
         raise ValueError("example_input: wanted an input the model accepts, got None")
     return PathNetwork.from_module(model, example_input, sharded=sharded)
@@ -351,9 +370,10 @@ class SupportReport:
     def __str__(self) -> str:
         lines = [f"{self.model}: {len(self.rows)} operators, {len(self.missing())} without a rule"]
         width = max((len(name) for name in self.rows), default=0)
+        rules = max((len(rule) for rule, _ in self.rows.values()), default=0)
         for name, (rule, modules) in sorted(self.rows.items(), key=lambda row: (row[1][0] != "none", row[0])):
             more = f" and {len(modules) - 2} more" if len(modules) > 2 else ""
-            lines.append(f"  {name:<{width}}  {rule:<12}  {len(modules):>4} x  {', '.join(modules[:2])}{more}")
+            lines.append(f"  {name:<{width}}  {rule:<{rules}}  {len(modules):>4} x  {', '.join(modules[:2])}{more}")
         lines += [f"  refused: {use}" for use in self.refused]
         return "\n".join(lines)
 
@@ -401,6 +421,17 @@ def _check_tensors(model: nn.Module) -> None:
     if not tensors:
         raise ValueError(f"PathNetwork: model: wanted parameters, got {type(model).__name__} with none")
     tensors |= dict(model.named_buffers())
+    empty = [name for name, tensor in tensors.items() if nn.parameter.is_lazy(tensor)]
+    if empty:
+        raise ValueError(
+            f"PathNetwork: model: wanted weights with a shape (run a batch first), got lazy ones: {empty[0]}"
+        )
+    frozen = [name for name, tensor in tensors.items() if tensor.is_inference()]
+    if frozen:
+        raise ValueError(
+            "PathNetwork: model: wanted ordinary tensors (copy.deepcopy of the model makes them), got some made under "
+            f"torch.inference_mode: {frozen[0]}"
+        )
     meta = [name for name, tensor in tensors.items() if tensor.is_meta]
     if meta:
         raise ValueError(f"PathNetwork: model: wanted materialised weights, got meta tensors: {', '.join(meta[:5])}")
@@ -409,12 +440,33 @@ def _check_tensors(model: nn.Module) -> None:
         raise ValueError(f"PathNetwork: model: wanted one device, got {sorted(map(str, devices))}")
 
 
+def _patterns(name: str, given: object) -> tuple[str, ...]:
+    """One pattern or several, as several."""
+    several = [given] if isinstance(given, str) else list(given) if isinstance(given, Iterable) else [None]
+    if not all(isinstance(pattern, str) for pattern in several):
+        raise TypeError(f"{name}: wanted a name pattern or a list of them, got {given!r}")
+    return tuple(several)
+
+
 def _unwatched(name: str) -> None:
     """Nobody wants to know which weights have been read."""
 
 
 def _synapse_shape(node: Synapse, entering: torch.Size, weight: Tensor) -> torch.Size:
     """The shape a synapse gives, found by running it on meta tensors."""
+    forms = ("linear", "linear_t", "experts", "experts_t", "conv", "conv_transpose")
+    if node.form not in forms:
+        raise ValueError(f"PathNetwork.add_synapse: form: wanted one of {forms}, got {node.form!r}")
+    try:
+        return _run_on_meta(node, entering, weight)
+    except (RuntimeError, IndexError) as error:
+        raise ValueError(
+            f"PathNetwork.add_synapse: weight: wanted one that a {node.form} takes with a flow of shape "
+            f"{tuple(entering)}, got {tuple(weight.shape)}: {error}"
+        ) from error
+
+
+def _run_on_meta(node: Synapse, entering: torch.Size, weight: Tensor) -> torch.Size:
     x, w = torch.empty(entering, device="meta"), torch.empty(weight.shape, device="meta")
     if node.form == "linear":
         return torch.nn.functional.linear(x, w).shape

@@ -37,6 +37,7 @@ from .recording import Recording
 from .spatial import merge_equal_positions
 from .spectrum import Eigenpairs, SpectralDensity, lanczos_density, leading_eigenpairs
 from .summed_weights import Reduced, summed_weights
+from .surroundings import undisturbed
 from .tangent import TangentFlow
 from .walk_graph import WalkGraph, walk_graph
 from .weights import Weight, power_of_two, weights_of
@@ -90,6 +91,7 @@ def _gradients(network: PathNetwork, masks: Mapping[str, Tensor] | None, policy:
     return found
 
 
+@undisturbed
 class PathKernel:
     """The path kernel of a model, or of what masks leave of it. The model is not touched.
 
@@ -193,7 +195,7 @@ class PathKernel:
         """``1^T Pi 1``: the sum over weights of squared derivatives of the signed linear network's output on ones."""
         net = self.network
         weights = weights_of(net, net.prunable, (WeightMap.IDENTITY, WeightMap.ONE), masks=self.masks)
-        ones = tuple(torch.ones((1, *node.shape)) for node in net.nodes if isinstance(node, Input))
+        ones = tuple(torch.ones((1, *node.shape), dtype=torch.float32) for node in net.nodes if isinstance(node, Input))
         recording = Recording(ones, (), {})  # no gates: all are open
         flow = GatedFlow(net, weights, recording, self.policy, source=ones, f=WeightMap.IDENTITY, scored=True)
         flow.forward()

@@ -38,7 +38,7 @@ def links_of(network: PathNetwork, k: int, slot: int, power: int, factor: Tensor
         kept = [1 if d in {e % len(entering) for e in node.dims} else size for d, size in enumerate(entering)]
         there = torch.arange(node.shape.numel()).reshape(kept).expand(entering)
         share = (node.shape.numel() / own.numel()) ** power if node.kind == "mean" else 1.0
-        return torch.stack((own.flatten(), there.flatten()), 1), torch.full((own.numel(),), share).double()
+        return torch.stack((own.flatten(), there.flatten()), 1), torch.full((own.numel(),), share, dtype=torch.float64)
     if isinstance(node, kinds.Wire):
         return _wire_links(network, node, slot, power)
     source = own.expand(node.shape).flatten()  # elementwise, broadcast where it is

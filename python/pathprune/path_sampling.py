@@ -30,6 +30,7 @@ from .ops import WeightMap
 from .path_links import by_unit, element_of, leads_to, links_of, unit_and_position, weight_shape
 from .policy import Policy, policy_of
 from .scratch import Scratch
+from .surroundings import undisturbed
 from .walk_masks import WalkMasks
 from .walk_tables import Table, one_thread
 from .weights import Scaled, Weight
@@ -76,6 +77,7 @@ class Paths:
         return float(factors.mean()), error
 
 
+@undisturbed
 def sample_paths(
     network: PathNetwork,
     n: int,
@@ -95,6 +97,11 @@ def sample_paths(
     Raises:
         ValueError: no path at all; products of flows (gates computed from data); another power; n below 1.
     """
+    if not isinstance(network, PathNetwork):
+        raise TypeError(f"sample_paths: network: wanted a PathNetwork, got {type(network).__name__}")
+    for name, given in (("n", n), ("seed", seed)):
+        if not isinstance(given, int):
+            raise TypeError(f"sample_paths: {name}: wanted an int, got {given!r}")
     if n < 1:
         raise ValueError(f"sample_paths: n: wanted at least 1, got {n}")
     return PathSampler(network, power=power, seed=seed, source=source, policy=policy).paths(0, n)

@@ -61,7 +61,10 @@ def _densities(report: Report, ax: Axes, names: list[str]) -> None:
     ax.set_xscale("log")
     ax.set_xlim(floor, 1)
     decades = [10.0**-k for k in range(round(-math.log10(floor)), -1, -1)]
-    ax.set_xticks(decades, [f"{100 * decade:g} %" for decade in decades], fontsize=8)
+    marks = (1, 2, 5) if len(decades) == 2 else (1,)
+    places = [decade * mark for decade in decades for mark in marks if decade * mark <= 1]
+    ax.set_xticks(places, [f"{100 * place:g} %" for place in places], fontsize=8)
+    ax.xaxis.set_minor_formatter("")  # within a decade matplotlib would write numbers at these too
     ax.get_xticklabels()[-1].set_horizontalalignment("right")
     ax.set_yticks(rows, names, fontsize=8)
     ax.set_ylim(len(names) - 0.4, -0.6)

@@ -55,4 +55,6 @@ def policy_of(policy: str | Policy, **overrides: str) -> Policy:
         if policy not in POLICIES:
             raise ValueError(f"policy: wanted one of {sorted(POLICIES)} or a Policy, got {policy!r}")
         policy = POLICIES[policy]
+    if not isinstance(policy, Policy):
+        raise TypeError(f"policy: wanted one of {sorted(POLICIES)} or a Policy, got {policy!r}")
     return replace(policy, **overrides) if overrides else policy

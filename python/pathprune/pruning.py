@@ -10,6 +10,7 @@ import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from types import NoneType
 from typing import Any
 
 import torch
@@ -26,13 +27,14 @@ from .savepoints import Savepoints
 from .schedules import layer_densities, rounds_of
 from .sharded_masks import Placement, ShardedMasks
 from .spatial import merge_equal_positions
+from .surroundings import undisturbed
 from .version import __version__
 from .weights import Weight, weights_of
 
 _LARGEST = 4  # weights left whole that findings name
 
 
-@torch.inference_mode(False)  # fixed maps are differentiated to find their adjoints
+@undisturbed
 def prune(
     model: nn.Module | PathNetwork,
     pruner: Pruner,
@@ -107,6 +109,14 @@ def prune(
             raise ValueError(f"prune: count: wanted 'exact' or 'published', got {count!r}")
         if not isinstance(seed, int):
             raise TypeError(f"prune: seed: wanted an int, got {seed!r}")
+        if allocation != "uniform" and area.kind not in ("layer", "row"):
+            raise ValueError(f"prune: allocation: wanted scope='layer' or 'row' with it, got scope={scope!r}")
+        if not (isinstance(compact, (bool, int, float)) and 0 <= compact <= 1):
+            raise ValueError(f"prune: compact: wanted True, False or a fraction in [0, 1], got {compact!r}")
+        if allow_regrowth not in (None, True, False):
+            raise TypeError(f"prune: allow_regrowth: wanted True, False or None, got {allow_regrowth!r}")
+        if not isinstance(savepoints, (Savepoints, NoneType)):
+            raise TypeError(f"prune: savepoints: wanted Savepoints, got {type(savepoints).__name__}")
         if savepoints is not None and (len(densities) > 1 or ranks.size > 1):
             raise ValueError("prune: savepoints: wanted one density on one process, got several")
     if ranks.size > 1:
@@ -139,14 +149,13 @@ def prune(
         snapshots.append({name: weights[name].packed_bits(copy=more) for name in names})
         structures.append(reach(reachable, weights))
 
-    kind = allocation if area.kind in ("layer", "row") else "uniform"
     finished: list[int] = []
     rounds: list[Round] = []
     if savepoints is not None and pruner.resumes:
         rounds = savepoints.take_up({name: weights[name] for name in names})
         selection.before_cut = lambda: _keep(savepoints, rounds, selection.weights)
     plan = plan[len(rounds) :]
-    steps = pruner.steps(quick, selection, plan, lambda d: layer_densities(kind, shapes, d), snapshot, seed)
+    steps = pruner.steps(quick, selection, plan, lambda d: layer_densities(allocation, shapes, d), snapshot, seed)
     for done in _with_progress(steps, len(plan), pruner.name, progress):
         rounds.append(done)
         if len(snapshots) > len(finished):
@@ -213,8 +222,12 @@ def _shapes_of(model: nn.Module | PathNetwork) -> str:
 
 
 def _numbers(name: str, given: Any) -> float | list[float] | None:
-    """A number, or a list of them, whatever library it is of."""
+    """A number, or a list of them, whatever library it is of; text and truth values are none."""
     try:
+        if any(
+            isinstance(value, (str, bytes, bool)) for value in (given if isinstance(given, (list, tuple)) else [given])
+        ):
+            raise TypeError
         if given is None or not isinstance(given, (list, tuple)):
             return None if given is None else float(given)
         return [float(value) for value in given]

@@ -27,6 +27,7 @@ from .network import PathNetwork, as_network
 from .ops import WeightMap
 from .policy import policy_of
 from .spatial import merge_equal_positions
+from .surroundings import undisturbed
 from .weights import weights_of
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class PathCounts:
     effective: Masks
 
 
+@undisturbed
 def path_counts(model: nn.Module | PathNetwork, masks: Masks | None = None, example_input: Any = None) -> PathCounts:
     """How many paths there are, and what they reach. Weights count for 1, biases begin no path.
 
@@ -77,6 +79,8 @@ def path_counts(model: nn.Module | PathNetwork, masks: Masks | None = None, exam
 
 def _network_of(model: nn.Module | PathNetwork, masks: Masks | None, example_input: Any) -> PathNetwork:
     network = as_network(model, example_input)
+    if masks is not None and not isinstance(masks, Masks):
+        raise TypeError(f"path_counts: masks: wanted Masks, got {type(masks).__name__}")
     for name in masks or ():
         tensor = network.tensors.get(name)
         if tensor is None and network.model is not None:
@@ -196,6 +200,7 @@ class Report:
         self.findings: Mapping[str, Any] = metadata.get("findings", {})
 
     @classmethod
+    @undisturbed
     def of(cls, masks: Masks, model: nn.Module | PathNetwork | None = None, example_input: Any = None) -> Report:
         """A report from what the masks' metadata say, or with a model found anew.
 

@@ -21,6 +21,7 @@ from ._mask_io import MaskMismatchError
 from .masks import Masks
 from .network import PathNetwork
 from .nodes import Norm, Scale, Shift, Synapse, Wire
+from .surroundings import undisturbed
 
 GAIN = "weight_gain"  # the buffer that a fixed multiplier lives in, beside the weight
 
@@ -63,6 +64,7 @@ class Rescaling:
         self.remove()
 
 
+@undisturbed
 def rescale_(
     model: nn.Module,
     masks: Masks,
@@ -116,6 +118,8 @@ def rescale_(
         raise ValueError(f"rescale_: target_gain: wanted a finite number > 0, got {target_gain}")
     if granularity not in ("row", "layer"):
         raise ValueError(f"rescale_: granularity: wanted 'row' or 'layer', got {granularity!r}")
+    if not isinstance(masks, Masks):
+        raise TypeError(f"rescale_: masks: wanted Masks, got {type(masks).__name__}")
     masks.check(model, base="ignore")
     network = PathNetwork.from_module(model, example_input)
     uses = _uses(network, masks)
@@ -148,7 +152,7 @@ def rescale_(
     if found.cancelled:
         warnings.warn(
             f"rescale_: a norm directly follows {', '.join(found.cancelled)}: in training it divides the factor out",
-            stacklevel=2,
+            stacklevel=3,
         )
     return found
 

@@ -36,11 +36,14 @@ RULES: dict[str, Rule] = {}
 
 
 class RuleError(ValueError):
-    """An operator, or this use of it, has no meaning for paths: the one being read, or ``node`` before it."""
+    """An operator, or this use of it, has no meaning for paths: the one being read, or ``node`` before it.
 
-    def __init__(self, why: str, node: fx.Node | None = None) -> None:
+    ``remedy`` is what the user can do about it; empty: only a rule helps.
+    """
+
+    def __init__(self, why: str, node: fx.Node | None = None, remedy: str = "") -> None:
         super().__init__(why)
-        self.node = node
+        self.node, self.remedy = node, remedy
 
 
 class Marker:

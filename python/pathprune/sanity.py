@@ -26,6 +26,7 @@ from .batches import Data, require_reiterable
 from .network import PathNetwork
 from .pruners.base import Scorer, Wrapper
 from .select import Bracket
+from .structure import require_module
 from .weights import Weight
 
 
@@ -87,6 +88,9 @@ def reinit(model: nn.Module, seed: int, initialize: Callable[[nn.Module], object
 
     Determinism: the same seed gives the same weights on one kind of device.
     """
+    require_module(model, "reinit")
+    if not isinstance(seed, int):
+        raise TypeError(f"reinit: seed: wanted an int, got {seed!r}")
     fresh = copy.deepcopy(model)
     devices = sorted({p.device.index for p in fresh.parameters() if p.device.type == "cuda"})
     stale: list[str] = []

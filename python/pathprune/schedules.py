@@ -79,6 +79,9 @@ def layer_densities(
         missing = [name for name in shapes if name not in allocation]
         if missing:
             raise ValueError(f"allocation: wanted a density for every layer, got none for {missing}")
+        for name in shapes:
+            if not 0 <= allocation[name] <= 1:
+                raise ValueError(f"allocation: {name!r}: wanted a density in [0, 1], got {allocation[name]}")
         return {name: float(allocation[name]) for name in shapes}
     if allocation == "uniform":
         return dict.fromkeys(shapes, density)

@@ -13,8 +13,9 @@ from .flow import PathFlow
 from .masks import Masks
 from .network import PathNetwork, as_network
 from .policy import policy_of
-from .pruners.base import PathPruner, Pruner, require_pruner
+from .pruners.base import PathPruner, Pruner, require_scores
 from .spatial import merge_equal_positions
+from .surroundings import undisturbed
 from .weights import stacked, weights_of
 
 Network = nn.Module | PathNetwork
@@ -40,6 +41,7 @@ class NetworkScores:
         return torch.ldexp(self.tensors[name].double(), torch.tensor(self.exponents[name]))
 
 
+@undisturbed
 def scores(
     networks: Network | Sequence[Network] | Sequence[WeightSet],
     method: Pruner,
@@ -66,7 +68,7 @@ def scores(
     Raises:
         ValueError: weight sets without an architecture, or that differ from it; what ``prune`` refuses.
     """
-    require_pruner(method, "scores: method")
+    require_scores(method, "scores: method")
     if isinstance(networks, (nn.Module, PathNetwork)):
         return _one(as_network(networks, example_input), method, masks, seed)
     entries = list(networks)

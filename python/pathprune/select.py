@@ -53,10 +53,10 @@ def select(
         NonFiniteScoreError: NaN or inf among the scores.
         ValueError: ``keep`` is out of range.
     """
-    if keep < 0:
-        raise ValueError(f"select: keep: wanted >= 0, got {keep}")
     if not sources:
         raise ValueError("select: sources: wanted at least one tensor of scores, got none")
+    if keep < 0:
+        raise ValueError(f"select: keep: wanted >= 0, got {keep}")
     brackets = _brackets(sources, keep, guess, group)
     bracket = next(brackets)
     while True:
@@ -91,6 +91,8 @@ def select_threshold(
         NonFiniteScoreError: a NaN or infinite score.
         ValueError: wrong arguments.
     """
+    if not isinstance(keep, int):
+        raise TypeError(f"select_threshold: keep: wanted an int, got {keep!r}")
     return select(_written_out(scores, exponents, masks), keep)
 
 
@@ -101,6 +103,8 @@ def keep_masks(
     masks: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
     """Bool tensors of what a threshold of :func:`select_threshold` keeps; arguments as there."""
+    if not isinstance(threshold, Threshold):
+        raise TypeError(f"keep_masks: threshold: wanted a Threshold, got {type(threshold).__name__}")
     kept = []
     for position, source in enumerate(_written_out(scores, exponents, masks)):
         live = torch.ones_like(source.weight, dtype=torch.bool)
@@ -113,6 +117,8 @@ def keep_masks(
 def _written_out(
     scores: Sequence[Tensor], exponents: Sequence[int] | None, masks: Sequence[Tensor] | None
 ) -> list[Scores]:
+    if isinstance(scores, Tensor) or not all(isinstance(tensor, Tensor) for tensor in scores):
+        raise TypeError(f"select_threshold: scores: wanted a list of tensors, got {type(scores).__name__}")
     for name, given in (("exponents", exponents), ("masks", masks)):
         if given is not None and len(given) != len(scores):
             raise ValueError(f"select_threshold: {name}: wanted {len(scores)} (one per tensor), got {len(given)}")
@@ -120,6 +126,8 @@ def _written_out(
     for k, tensor in enumerate(scores):
         if not tensor.is_floating_point():
             raise ValueError(f"select_threshold: scores[{k}]: wanted a floating-point tensor, got {tensor.dtype}")
+        if tensor.is_meta:
+            raise ValueError(f"select_threshold: scores[{k}]: wanted a tensor with values, got one on the meta device")
         if masks is not None and masks[k].shape != tensor.shape:
             wanted, got = tuple(tensor.shape), tuple(masks[k].shape)
             raise ValueError(f"select_threshold: masks[{k}]: wanted shape {wanted}, got {got}")
@@ -206,7 +214,8 @@ def _brackets(
             yield sampled
     exact = _histogram_bracket(sources, keep, 1, group)
     if exact is None:
-        raise ValueError("select: keep: wanted at most the number of live weights, got more: " + str(keep))
+        live = _over_ranks(_live(sources), sources, group)
+        raise ValueError(f"select: keep: wanted at most the {live} live weights, got {keep}")
     yield exact
     yield from _bisected(sources, keep, exact, group)
 

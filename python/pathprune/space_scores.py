@@ -26,6 +26,7 @@ from .ops import WeightMap
 from .policy import Policy
 from .routed_flow import RoutedFlow
 from .score_table import NetworkScore, ScoreFile
+from .surroundings import undisturbed
 
 SPACE_METHODS = ("synflow", "log2_R", "path_count", "path_kernel_trace")
 
@@ -122,6 +123,7 @@ class _Space:
         self.space, self.methods, self.seed, self.batch, self.device = space, methods, seed, batch, device
         self.columns = dict.fromkeys(methods, True)
 
+    @undisturbed
     def shared(self, names: Mapping[str, Architecture], tensors: Mapping[str, Tensor] | None) -> Iterator[NetworkScore]:
         """All architectures in one supernet."""
         if tensors is None:
@@ -140,6 +142,7 @@ class _Space:
                     for name in alike[architecture]:
                         yield self._row(name, scores)
 
+    @undisturbed
     def fresh(self, names: Mapping[str, Architecture]) -> Iterator[NetworkScore]:
         """Every architecture with weights of its own."""
         flows: dict[int, dict[WeightMap, RoutedFlow]] = {}

@@ -16,14 +16,18 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from .checks import accumulate_dtype, refuse
+from ._mask_io import write_atomically
+from .checks import accumulate_dtype, refuse, words
+from .exporting import canonical_names
 from .masked import PackedMask, expected_speedup, masked_matmul, pack_mask, unpack_layout
 from .masks import Masks
 from .pruned_convolution import expected_gain, is_thin
 from .sparse_ops import KERNELS, Pattern, sparse_matmul, thin_convolution
+from .structure import require_module
+from .surroundings import undisturbed
 from .tables import percent, table
 
 __all__ = [
@@ -107,6 +111,9 @@ class _Sparse(nn.Module):
         if self._mask is None or self._mask.pattern.layout is not self.layout:  # moved or loaded
             self._mask = PackedMask(self._pattern())
         return self._mask
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_mask": None}  # made again when it is asked for
 
     def _pattern(self) -> Pattern:
         tensors: dict[str, Any] = {name: getattr(self, name) for name in Pattern._fields[:-1]}
@@ -268,6 +275,7 @@ class SparsifyReport(tuple[Swap, ...]):
         return table(head, rows)
 
 
+@undisturbed
 def sparsify(
     model: nn.Module,
     masks: Masks | Mapping[str, Tensor],
@@ -297,22 +305,22 @@ def sparsify(
         ValueError: a name without a parameter, or a mask of another shape.
         TypeError: masks that are no mapping (of a file: `Masks.load` first).
     """
+    require_module(model, "sparsify")
     if not isinstance(masks, Mapping):
         raise TypeError(
             f"sparsify: masks: wanted Masks or a mapping of bool tensors by name, got {type(masks).__name__}"
         )
+    if batch is not None and not (isinstance(batch, int) and batch >= 1):
+        refuse("sparsify", "batch", "None or a number of rows >= 1", batch)
     parameters = dict(model.named_parameters(remove_duplicate=False))
+    _check_masks(model, parameters, masks)
     holders: dict[int, int] = {}
     for module in model.modules():
         for parameter in module._parameters.values():
             holders[id(parameter)] = holders.get(id(parameter), 0) + 1
     swaps, batches = [], BATCHES if batch is None else (batch,)
     for name, mask in masks.items():
-        if name not in parameters:
-            refuse("sparsify", "masks", "names of parameters", name)
         path, weight = name.rpartition(".")[0], parameters[name]
-        if mask.shape != weight.shape:
-            refuse("sparsify", f"masks[{name!r}]", f"shape {list(weight.shape)}", mask)
         if mask.dim() == 1:  # a bias
             weight.detach().masked_fill_(~mask.to(weight.device), 0)
             continue
@@ -322,6 +330,17 @@ def sparsify(
             _swap(model, path, mask, optimizer)
     model.sparsify_report = SparsifyReport(swaps)  # type: ignore[assignment]
     return model
+
+
+def _check_masks(model: nn.Module, parameters: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor]) -> None:
+    """Refuses masks that are not of the model's dense parameters, before anything is swapped."""
+    for name, mask in masks.items():
+        if name not in parameters:
+            refuse("sparsify", "masks", "names of parameters", name)
+        if isinstance(model.get_submodule(name.rpartition(".")[0]), _Sparse):
+            refuse("sparsify", f"masks[{name!r}]", "a dense layer (densify first)", "one that is sparse already")
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != parameters[name].shape:
+            refuse("sparsify", f"masks[{name!r}]", f"a bool tensor of shape {list(parameters[name].shape)}", mask)
 
 
 def _judge(
@@ -398,6 +417,7 @@ def _sparse_layers(model: nn.Module) -> Iterator[_Sparse]:
     return iter([module for module in model.modules() if isinstance(module, _Sparse)])
 
 
+@undisturbed
 def densify(model: nn.Module, *, optimizer: torch.optim.Optimizer | None = None) -> nn.Module:
     """Gives the original modules back: the same objects, their parameters as they are now, zeros written out.
 
@@ -407,6 +427,7 @@ def densify(model: nn.Module, *, optimizer: torch.optim.Optimizer | None = None)
     Returns:
         model.
     """
+    require_module(model, "densify")
     for layer in _sparse_layers(model):
         packed, stored, shape = layer.mask, layer.weight.shape, layer._shape
 
@@ -425,9 +446,15 @@ def densify(model: nn.Module, *, optimizer: torch.optim.Optimizer | None = None)
 
 
 def save_sparse(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Writes the state of a sparsified model to a safetensors file, at its packed size."""
-    state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(state, path, {"format": "pt", "pathprune": "sparse"})
+    """Writes the state of a sparsified model to a safetensors file, at its packed size; whole, or not at all.
+
+    Raises:
+        OSError: the disk is full, the folder is missing, ... An older file stays as it was.
+    """
+    require_module(model, "save_sparse")
+    names = canonical_names(model)  # a tied tensor is written once
+    state = {n: tensor.detach().contiguous() for n, tensor in model.state_dict().items() if names.get(n, n) == n}
+    write_atomically(path, [save(state, {"format": "pt", "pathprune": "sparse"})])
 
 
 def load_sparse(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
@@ -437,18 +464,32 @@ def load_sparse(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         model.
 
     Raises:
-        RuntimeError: the file is of another architecture.
+        ValueError: the file is of another architecture: names what is missing or of another shape. The model is as it
+            was.
+        OSError: the file cannot be opened.
     """
+    require_module(model, "load_sparse")
     state = load_file(path)
-    for key, layout in state.items():
-        name, _, last = key.rpartition(".")
-        if last != "layout" or isinstance(layer := model.get_submodule(name), _Sparse):
+    masks: dict[str, Tensor] = {}  # of the layers that are still dense
+    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    state |= {n: state[first] for n, first in canonical_names(model).items() if n in wanted and first in state}
+    for name in [key.removesuffix(".layout") for key in state if key.rpartition(".")[2] == "layout"]:
+        layer = dict(model.named_modules()).get(name)
+        if isinstance(layer, _Sparse):  # takes any mask of its shape, and as many values
+            wanted[f"{name}.weight"] = state.get(f"{name}.weight", layer.weight).shape
             continue
         if type(layer) not in _LAYERS:
             refuse("load_sparse", name, "a Linear or Conv2d layer", type(layer).__name__)
-        assert isinstance(layer.weight, Tensor)
-        columns = layer.weight[0].numel()
-        bits = unpack_layout(layout, columns).bits().reshape(layer.weight.shape)
-        _swap(model, name, bits, None)
+        assert layer is not None and isinstance(layer.weight, Tensor)
+        layout, weight = state[f"{name}.layout"], layer.weight
+        if layout.shape[:-1].numel() != weight.shape[0] or layout.shape[-1] != words(weight[0].numel()):
+            refuse("load_sparse", f"{name}.layout", f"the layout of a weight {list(weight.shape)}", layout)
+        masks[name] = unpack_layout(layout, weight[0].numel()).bits().reshape(weight.shape)
+        wanted |= {f"{name}.layout": layout.shape, f"{name}.weight": torch.Size([int(masks[name].sum())])}
+    for name in sorted(wanted.keys() | state.keys()):
+        if name not in state or wanted.get(name) != state[name].shape:
+            refuse("load_sparse", name, f"shape {list(wanted.get(name, []))}", state.get(name))
+    for name, mask in masks.items():
+        _swap(model, name, mask, None)
     model.load_state_dict(state)
     return model

@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from .liveness import forks
 from .network import PathNetwork
 from .nodes import Gate, Pool, Reduce, Scale, Synapse, Wire
+from .surroundings import undisturbed
 
 # Maps with f(a x) = a f(x): a factor before one of them is a factor after it.
 _HOMOGENEOUS = (Scale, Wire, Pool, Reduce)
@@ -63,6 +64,7 @@ class _Times:
         return output * self.factor
 
 
+@undisturbed
 def stable_resnet(model: nn.Module, example_input: Any) -> StableResNet:
     """Multiplies what each residual branch returns by 1 / sqrt(L), L the number of residual blocks.
 

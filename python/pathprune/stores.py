@@ -94,6 +94,33 @@ def written(model: nn.Module, name: str, weight: Tensor, *, in_place: bool = Fal
     raise ValueError(f"masks: {name} cannot be written: {reason}")
 
 
+def require_apart(weights: Mapping[str, Tensor]) -> None:
+    """Raises ValueError where two weights share some of their elements: each would undo the other's zeros.
+
+    Weights between one another's elements (columns of one tensor) are apart.
+    """
+    reached: dict[int, list[tuple[int, str]]] = {}  # storage -> ends and names of what reaches on in it
+    for name, weight in sorted(weights.items(), key=lambda item: item[1].data_ptr()):
+        if not weight.numel():
+            continue
+        begin, before = weight.data_ptr(), reached.setdefault(weight.untyped_storage().data_ptr(), [])
+        before[:] = [(end, other) for end, other in before if end > begin]
+        for _, other in before:
+            if _meet(weights[other], weight):
+                raise ValueError(f"masks: {name} cannot be written: it shares some of its elements with {other}")
+        span = 1 + sum((size - 1) * step for size, step in zip(weight.shape, weight.stride(), strict=True))
+        before.append((begin + span * weight.element_size(), name))
+
+
+def _meet(a: Tensor, b: Tensor) -> bool:
+    """Whether two views of a storage have an element in common."""
+    if a.dtype != b.dtype:
+        return True
+    taken = torch.zeros(a.untyped_storage().nbytes() // a.element_size(), dtype=torch.bool)
+    taken.as_strided(a.shape, a.stride(), a.storage_offset()).fill_(True)
+    return bool(taken.as_strided(b.shape, b.stride(), b.storage_offset()).any())
+
+
 def copies(model: nn.Module, name: str, weight: Tensor) -> list[Tensor]:
     """The memory of what else a store keeps of a tied parameter, under its other names."""
     stored = dict(_offloaded(model)) if weight.is_meta else {}

@@ -17,6 +17,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
+def require_module(model: object, who: str) -> None:
+    """Raises TypeError for what is no module: a name, a path, a class that was not called."""
+    if not isinstance(model, nn.Module):
+        got = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise TypeError(f"{who}: model: wanted a torch.nn.Module, got {got}")
+
+
 def rebuilt(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     """The model's structure around ``tensors``.
 

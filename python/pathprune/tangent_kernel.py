@@ -29,11 +29,13 @@ from .ops import WeightMap
 from .policy import policy_of
 from .recording import Recording, opened, record, smooth_gates
 from .spatial import merge_equal_positions
+from .surroundings import undisturbed
 from .weights import Scaled, Weight, power_of_two, weights_of
 
 Masks = Mapping[str, Tensor]
 
 
+@undisturbed
 def ntk(
     model: nn.Module | PathNetwork,
     x: Tensor,
@@ -67,6 +69,7 @@ def ntk(
     return (flat @ flat.T).unflatten(1, jacobian.shape[:2]).unflatten(0, jacobian.shape[:2])
 
 
+@undisturbed
 def ntk_trace(
     model: nn.Module | PathNetwork,
     data: Data,
@@ -101,6 +104,7 @@ def ntk_trace(
     return total
 
 
+@undisturbed
 def path_activations(
     model: nn.Module | PathNetwork, x: Tensor, masks: Masks | None = None, *, full: bool = False
 ) -> Tensor:
@@ -128,6 +132,7 @@ def path_activations(
     return torch.stack(rows)
 
 
+@undisturbed
 def ntk_trace_bound(
     model: nn.Module | PathNetwork, data: Data, masks: Masks | None = None, *, hold_gates: bool = False
 ) -> float:
@@ -178,7 +183,7 @@ def _all_open(network: PathNetwork, recording: Recording, masks: Masks | None) -
         elif isinstance(network.nodes[k], Scale):  # weights of experts, decays
             gates[k] = torch.ones_like(gate[:1])
     network = network if gates else merge_equal_positions(network, "paths")
-    ones = [torch.ones((1, *node.shape)) for node in network.nodes if isinstance(node, Input)]
+    ones = [torch.ones((1, *node.shape), dtype=torch.float32) for node in network.nodes if isinstance(node, Input)]
     weights = weights_of(network, network.prunable, (WeightMap.SQUARE, WeightMap.ONE), masks=masks)
     options = {"source": ones, "f": WeightMap.SQUARE, "scored": True}
     return weights, GatedFlow(network, weights, Recording((), (), gates), policy_of("recorded"), **options)  # type: ignore[arg-type]

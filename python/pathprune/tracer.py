@@ -32,12 +32,12 @@ from .rules import IDENTITIES, PRODUCTS, RULES, Marker, RuleError
 if TYPE_CHECKING:
     from .network import PathNetwork
 
-
 _USER_INPUT = torch.export.graph_signature.InputKind.USER_INPUT
 _EMPTY = {"empty_like", "new_empty"}  # what they hold before it is written counts as zeros
 _FILLED = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"}
 _ZEROS = {"zeros", "zeros_like", "new_zeros"}
 _SAME_ORDER = {*IDENTITIES, "squeeze", "unsqueeze", "view", "reshape"}  # of a weight's elements
+_REMEDIES = {"_mask": "prune.remove", "_g": "remove_weight_norm", "_orig": "remove_spectral_norm"}  # by tensors' names
 _LIKE = {"type_as": 0, "expand_as": 0, "view_as": 0, "to": 0, "copy": 1}  # a value, laid out as another is -> which
 
 
@@ -178,7 +178,8 @@ class Tracer:
             if not (reads_flow or name == "embedding") or (schema is not None and not schema.returns):
                 return  # a constant, evaluated when a rule asks for it; or an assertion
             if schema is None or name not in RULES:
-                raise RuleError("no rule for this operator")
+                is_sparse = getattr(node.target, "namespace", "") == "pathprune"
+                raise RuleError("no rule for this operator", remedy="pathprune.densify first" if is_sparse else "")
             bound = arguments_of(node)
             markers = (self.marker(argument) for argument in node.all_input_nodes)
             marker = next((found for found in markers if found is not None), None)
@@ -207,9 +208,10 @@ class Tracer:
     def _refusal(self, node: fx.Node, error: RuleError) -> UnsupportedModelError:
         node = error.node or node
         name = self.operator(node)
+        rule = f"to support it, write a rule for '{name}' in pathprune/rules.py"
         return UnsupportedModelError(
-            f"PathNetwork: operator aten.{name} in module {self.module_path(node)}: {error}; to support it, write "
-            f"a rule for '{name}' in pathprune/rules.py (PathNetwork.support_report(model) lists every operator)"
+            f"PathNetwork: operator aten.{name} in module {self.module_path(node)}: {error}; {error.remedy or rule} "
+            "(PathNetwork.support_report(model) lists every operator)"
         )
 
     def _reads_shapes(self, node: fx.Node, name: str) -> bool:
@@ -291,11 +293,21 @@ class Tracer:
             source = source.args[0]
         name = self._names.get(source) if isinstance(source, fx.Node) else None
         if name is None or self.shape(source) != self.shape(value):
-            is_parametrized = isinstance(source, fx.Node) and "parametrizations" in self.module_path(value)
-            hint = "; torch.nn.utils.parametrize.remove_parametrizations makes it one" if is_parametrized else ""
-            raise RuleError("the weight is computed by the model, not a parameter" + hint)
+            raise RuleError("the weight is computed by the model, not a parameter", remedy=self._made_plain(source))
         self.net.add_weight(name, prunable=prunable)
         return name
+
+    def _made_plain(self, weight: Any) -> str:
+        """What makes a parameter of a weight that torch's own utilities compute; empty for other weights."""
+        if not isinstance(weight, fx.Node):
+            return ""
+        if "parametrizations" in self.module_path(weight):
+            return "torch.nn.utils.parametrize.remove_parametrizations makes it one"
+        read = [node for argument in weight.all_input_nodes for node in (argument, *argument.all_input_nodes)]
+        names = [self._names[node] for node in read if node in self._names]
+        found = (f for ending, f in _REMEDIES.items() if any(name.endswith(ending) for name in names))
+        function = next(found, None)
+        return f"torch.nn.utils.{function} makes it one" if function else ""
 
     def matrix(self, value: Any, out: int) -> tuple[str, int, int]:
         """The parameter that a matrix is, or is a part of.

@@ -325,7 +325,7 @@ class Walks(WalkMasks):
             if site.weight not in self.offsets or rate == 0:
                 continue
             count = self.network.tensors[site.weight].numel()
-            places = torch.linspace(0, count - 1, _SAMPLE).long()
+            places = spread(count)
             u = powered(self._weights.at(site.weight, places, self.network.shards).cpu(), self.rule.power)
             mean = float(u.mean())
             even = self.keep_kernels or mean == 0
@@ -361,6 +361,11 @@ class Walks(WalkMasks):
         cannot = [f"{n} ({int((~found[n]).sum()):,})" for n in self.names if n in found and not bool(found[n].all())]
         cannot += [f"{n} (all)" for n in self.names if n not in found]
         return float(sum(int(found[n].sum()) for n in self.names if n in found)), cannot
+
+
+def spread(count: int) -> Tensor:
+    """Places in a tensor of ``count`` elements, evenly, the first and the last among them: int64 [_SAMPLE]."""
+    return torch.arange(_SAMPLE) * (count - 1) // (_SAMPLE - 1)  # in integers: float32 has no 2^24 + 1
 
 
 def _moved(tensor: Tensor | None, device: torch.device) -> Tensor | None:

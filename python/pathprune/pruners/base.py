@@ -115,10 +115,10 @@ def require_pruner(pruner: object, who: str) -> None:
 
 def require_scores(pruner: object, who: str) -> None:
     """Raises TypeError for what is no pruner, or takes weights without scoring them."""
-    require_pruner(pruner, f"{who}: base")
+    require_pruner(pruner, who)
     assert isinstance(pruner, Pruner)
     if type(pruner).scorer is Pruner.scorer:
-        raise TypeError(f"{who}: base: wanted a pruner that scores weights, got {pruner.name}, which does not")
+        raise TypeError(f"{who}: wanted a pruner that scores weights, got {pruner.name}, which does not")
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class Wrapper(Pruner):
     rounds: int = field(default=0, kw_only=True)
 
     def __post_init__(self) -> None:
-        require_scores(self.base, self.name)
+        require_scores(self.base, f"{self.name}: base")
         object.__setattr__(self, "rounds", self.base.rounds)
 
     @property
@@ -267,15 +267,23 @@ class Selection:
 
     def sizes(self, density: float, layer_plan: Callable[[float], Mapping[str, float]]) -> tuple[int, dict[str, int]]:
         """How many weights stay at that density in all, and of each layer (or each of its rows)."""
-        if self.count == "published":
-            keep = self.total - int((1.0 - density) * self.total)
-        else:
-            keep = round(self.total * density)
         shares = {}
         for weight in self.weights:
             size = row_length(weight) if self.scope.kind in ("row", "n:m") else weight.shape.numel()
             shares[weight.name] = max(round(size * layer_plan(density)[weight.name]), 1 if size else 0)
-        return keep, shares
+        return self.kept_at(density), shares
+
+    def kept_at(self, density: float) -> int:
+        """How many weights stay at that density in all.
+
+        Raises:
+            ValueError: of weights that compete with one another, none.
+        """
+        published = self.count == "published"
+        keep = self.total - int((1.0 - density) * self.total) if published else round(self.total * density)
+        if not keep and self.scope.kind == "global":
+            raise ValueError(f"prune: density: wanted one that keeps a weight, got {density:.3g} of {self.total}")
+        return keep
 
     def cut(self, keep: int, shares: Mapping[str, int]) -> Real | None:
         """Cuts to ``keep`` weights in all, or to ``shares`` of each layer. Returns the global threshold."""

@@ -27,6 +27,7 @@ from ..distributed import ALONE, Group
 from ..exporting import canonical_names
 from ..network import PathNetwork
 from ..ops import WeightMap
+from ..surroundings import device_of_caller
 from ..weights import Weight
 from .base import Pruner
 
@@ -72,6 +73,8 @@ class DataPruner(Pruner):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not callable(self.loss):
+            raise TypeError(f"{self.name}: loss: wanted a function of (output, y), got {self.loss!r}")
         require_reiterable(self.data, self.name)
 
     @property
@@ -145,7 +148,8 @@ class ModelCall:
         """What the model returns."""
         values = {**self._parameters, **(self.buffers() if buffers is None else buffers)}
         values.update({name: point[known] for name, known in self._names.items() if known in point})
-        return torch.func.functional_call(self.model, values, batch.args, dict(batch.kwargs), tie_weights=False)
+        with device_of_caller():
+            return torch.func.functional_call(self.model, values, batch.args, dict(batch.kwargs), tie_weights=False)
 
 
 class Objective(ModelCall):

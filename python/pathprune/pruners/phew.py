@@ -115,7 +115,7 @@ class PHEW(Pruner):
     ) -> Iterator[Round]:
         began = time.perf_counter()
         names = [weight.name for weight in selection.weights]
-        targets = {which: round(selection.total * density) for density, which in plan if which is not None}
+        targets = {which: selection.kept_at(density) for density, which in plan if which is not None}
         asking = _Asking(network, names, self.power, seed)
         walks: WalkMasks
         if self.bias == "flow":

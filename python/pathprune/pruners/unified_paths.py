@@ -74,6 +74,8 @@ def mean_input(mean: Tensor | Iterable) -> Tensor:
     """
     if isinstance(mean, Tensor):
         return mean
+    if isinstance(mean, str) or not isinstance(mean, Iterable):
+        raise TypeError(f"mean: wanted a tensor or batches, got {type(mean).__name__}")
     total, count = None, 0
     for batch in mean:
         x = batch[0] if isinstance(batch, (tuple, list)) else batch
