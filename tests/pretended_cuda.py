@@ -52,6 +52,22 @@ class Pretended(torch.Tensor):
     def data_ptr(self) -> int:
         return self.inner.data_ptr()
 
+    @property
+    def data(self) -> Tensor:  # type: ignore[override]
+        return self.detach()
+
+    @data.setter
+    def data(self, tensor: Pretended) -> None:
+        torch.Tensor.data.__set__(self, tensor)  # type: ignore[attr-defined]
+        self.inner = tensor.inner
+
+    def __deepcopy__(self, known: dict[int, Any]) -> Any:
+        if id(self) not in known:
+            copied = Pretended(self.inner.detach().clone())
+            is_parameter = isinstance(self, torch.nn.Parameter)
+            known[id(self)] = torch.nn.Parameter(copied, self.requires_grad) if is_parameter else copied
+        return known[id(self)]
+
     def get_device(self) -> int:
         return 0
 
@@ -141,8 +157,11 @@ class _Calls(TorchFunctionMode):
             return args[0].to(GPU)
         if func is Tensor.numpy and isinstance(args[0], Pretended):
             raise TypeError("can't convert cuda:0 device type tensor to numpy")
-        if func is Tensor.__setitem__ and isinstance(args[0], Pretended) and not isinstance(args[2], Tensor):
-            args = (*args[:2], Pretended(torch.tensor(args[2], dtype=args[0].dtype)))
+        if func in (Tensor.__setitem__, Tensor.__getitem__) and isinstance(args[0], Pretended):
+            if isinstance(args[1], list):
+                args = (args[0], torch.tensor(args[1]), *args[2:])
+            if func is Tensor.__setitem__ and not isinstance(args[2], Tensor):
+                args = (*args[:2], Pretended(torch.tensor(args[2], dtype=args[0].dtype)))
         if func is Tensor.to:
             args = tuple(GPU if isinstance(v, (str, torch.device)) and _is_gpu(v) else v for v in args)
         if func is Tensor.new_tensor and isinstance(args[0], Pretended):
