@@ -18,6 +18,7 @@ from unittest import mock
 import torch
 import torch._dynamo  # before anything of torch.cuda is replaced: it looks for each function by name
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
@@ -234,6 +235,9 @@ def _export_on_the_cpu(export: Callable[..., Any]) -> Callable[..., Any]:
             for node in graph.nodes:
                 if _is_gpu_or_cpu(node.kwargs.get("device")):
                     node.kwargs = {**node.kwargs, "device": GPU}
+                for value in tree_flatten(node.meta.get("val"))[0]:
+                    if isinstance(value, FakeTensor):
+                        value.fake_device = GPU
         program.graph_module.recompile()
         return program
 
