@@ -118,7 +118,7 @@ case ${1:-} in
     first=(tests/test_cuda_kernels.py tests/test_tiled_products.py)
     tests test-first 120 "cuda and not slow" "${first[@]}"
     tests test-cuda 300 "cuda and not slow" "${first[@]/#/--ignore=}" "${on_cuda[@]}"
-    bench "$@"
+    bench --quick "$@"
     ;;
   build-and-test)
     shift

@@ -29,7 +29,19 @@ aten = torch.ops.aten
 _BETWEEN_DEVICES = {aten.copy_.default, aten._to_copy.default, aten.set_.source_Tensor}
 _INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
 # Of several tensors none of which may be a number of the CPU.
-_STRICT = {"cat", "stack", "mm", "bmm", "addmm", "baddbmm", "scatter", "scatter_add", "index_add", "gather", "searchsorted"}
+_STRICT = {
+    "cat",
+    "stack",
+    "mm",
+    "bmm",
+    "addmm",
+    "baddbmm",
+    "scatter",
+    "scatter_add",
+    "index_add",
+    "gather",
+    "searchsorted",
+}
 
 
 class Pretended(torch.Tensor):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 import pathprune as pp
 from pathprune.network import PathNetwork
-from test_pruning import Small, X, small
+from test_pruning import X, small
 
 pytestmark = pytest.mark.cuda
 GPU = torch.device("cuda", 0)
@@ -177,7 +176,10 @@ FINDINGS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, Any], An
     "frobenius": (chain, lambda m, d: kernel(m, d).frobenius(probes=4)),
     "density": (chain, lambda m, d: vars(kernel(m, d).spectral_density(probes=2, steps=5))),
     "scores": (small, lambda m, d: pp.scores(m, pp.SynFlow(), example_input=ONE.to(d)).tensors),
-    "scores_masked": (small, lambda m, d: pp.scores(m, pp.SynFlowL2(), example_input=ONE.to(d), masks=masks_of(m)).tensors),
+    "scores_masked": (
+        small,
+        lambda m, d: pp.scores(m, pp.SynFlowL2(), example_input=ONE.to(d), masks=masks_of(m)).tensors,
+    ),
     "scores_px": (small, lambda m, d: pp.scores(m, pp.PX(inputs(d)), example_input=ONE.to(d)).tensors),
     "many": (small, lambda m, d: [r.scores for r in pp.score_many([m, m], example_input=ONE.to(d))]),
     "counts": (small, lambda m, d: shown(pp.path_counts(m, masks_of(m), ONE.to(d)))),
