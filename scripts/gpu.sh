@@ -123,7 +123,7 @@ case ${1:-} in
   build-and-test)
     shift
     build
-    tests test-cuda 570 "cuda and not slow" "${on_cuda[@]}" "$@"
+    tests test-cuda 570 "cuda and not slow" "${@:-${on_cuda[@]}}"
     ;;
   test-cpu)
     shift

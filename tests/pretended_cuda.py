@@ -239,14 +239,13 @@ def _export_on_the_cpu(export: Callable[..., Any]) -> Callable[..., Any]:
         finally:
             for place, name, tensor in held:
                 place[name] = tensor
-        ours = {name: tensor for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+        ours = dict([*model.named_parameters(), *model.named_buffers()])
         for kept in (program._state_dict, program._constants):
             for name, tensor in kept.items():
                 kept[name] = ours.get(name, Pretended(tensor.detach()) if isinstance(tensor, Tensor) else tensor)
         for graph in (m.graph for m in program.graph_module.modules() if isinstance(m, torch.fx.GraphModule)):
             for node in graph.nodes:
-                if _is_gpu_or_cpu(node.kwargs.get("device")):
-                    node.kwargs = {**node.kwargs, "device": GPU}
+                node.args, node.kwargs = tree_map(_brought, (node.args, node.kwargs))
                 for value in tree_flatten(node.meta.get("val"))[0]:
                     if isinstance(value, FakeTensor):
                         value.fake_device = GPU
@@ -256,8 +255,9 @@ def _export_on_the_cpu(export: Callable[..., Any]) -> Callable[..., Any]:
     return exported
 
 
-def _is_gpu_or_cpu(device: Any) -> bool:
-    return isinstance(device, torch.device) and device.type in ("cpu", "cuda")
+def _brought(value: Any) -> Any:
+    """A device of an exported program, as it would be had the model lain on the GPU."""
+    return GPU if isinstance(value, torch.device) and value.type == "cpu" else value
 
 
 @contextlib.contextmanager
