@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 import comparing
+import cuda_products
 import masked_matmul
 import memory
 import nas
@@ -31,7 +33,7 @@ import sensitivity
 import sparse_convolution
 import transformers_scoring
 import walks
-from harness import Result, copy_bandwidth, markdown, result_path, save
+from harness import Result, copy_bandwidth, markdown, release, result_path, save
 from pathprune import _library
 
 Work = Callable[[float], Result]
@@ -103,6 +105,17 @@ def convolution_suite(quick: bool) -> list[tuple[str, Work]]:
     ]
 
 
+def cuda_products_suite(quick: bool, device: str = "cuda") -> list[tuple[str, Work]]:
+    return [
+        (f"{k} {t} {n} {d} {b}", lambda bw, a=(k, t, n, d, b): cuda_products.measure(*a, bw))
+        for n in ((4096,) if quick else (4096, 1024))
+        for t in cuda_products.DTYPES
+        for k in cuda_products.KINDS
+        for d in cuda_products.DENSITIES
+        for b in ((1, 32) if quick else cuda_products.BATCHES)
+    ]
+
+
 def sensitivity_suite(quick: bool) -> list[tuple[str, Work]]:
     methods = ("SNIP",) if quick else ("SNIP", "GraSP")
     return [
@@ -149,10 +162,13 @@ SUITES: dict[str, Callable[..., list[tuple[str, Work]]]] = {
     "px": px_suite,
     "masked_matmul": masked_matmul_suite,
     "sparse_convolution": convolution_suite,
+    "cuda_products": cuda_products_suite,
     "nas": nas_suite,
     "transformers": transformers_suite,
 }
-ON_DEVICE = ("scoring", "memory", "selection")  # their cases take the device to run on; the others are of the CPU
+# Their cases take the device to run on; the others are of the CPU. The first are of a GPU alone.
+ON_CUDA = ("cuda_products",)
+ON_DEVICE = (*ON_CUDA, "scoring", "selection", "memory")
 CLOCK = {"masked_matmul": "process", "nas": "thread"}
 
 
@@ -168,7 +184,14 @@ def measure(suite: str, options: argparse.Namespace) -> list[Result]:
     for name, work in cases_of(suite, options.quick, options.device):
         if options.only not in name:
             continue
-        results.append(work(bandwidth))
+        try:
+            results.append(work(bandwidth))
+        except Exception as error:  # too little memory, say: the other cases are measured all the same
+            traceback.print_exc()
+            options.failed.append(f"{suite} {name}: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
+            continue
+        finally:
+            release(options.device)
         print(markdown(results[-1:], next(iter(results[-1].seconds)), CLOCK.get(suite, "wall")), flush=True)
         if options.out is not None:  # after each case, so that an interrupted run keeps what it has
             facts = {"threads": options.threads, "copy_gb_per_second": bandwidth}
@@ -198,7 +221,11 @@ def checked(parser: argparse.ArgumentParser) -> argparse.Namespace:
         on_cpu = [suite for suite in options.suites if suite not in ON_DEVICE]
         if on_cpu and options.suite:
             parser.error(f"--device: {', '.join(on_cpu)} have baselines for the CPU alone; on a GPU: {ON_DEVICE}")
-        options.suites = [suite for suite in options.suites if suite in ON_DEVICE]
+        options.suites = options.suites if options.suite else list(ON_DEVICE)
+    elif options.suite and not options.list and set(options.suites) & set(ON_CUDA):
+        parser.error(f"--suite: {', '.join(ON_CUDA)} are of a GPU alone; add --device cuda")
+    elif not options.suite:
+        options.suites = [suite for suite in options.suites if suite not in ON_CUDA]
     for path in (options.json, options.plot):
         if path is not None and not path.absolute().parent.is_dir():
             parser.error(f"wanted a file in a folder that exists, got {path}")
@@ -233,12 +260,15 @@ def main() -> None:
             print(*(f"{suite:<14} {name}" for name, _ in cases_of(suite, options.quick, options.device)), sep="\n")
         return
     torch.set_num_threads(options.threads)
+    options.failed = []
     results: list[Result] = []
     for suite in options.suites:
         results += measure(suite, options)
         if options.json is not None and results:
             where = (options.json.parent, options.json.name, options.device)
             save(",".join(options.suites), results, *where, threads=options.threads)
+    if options.failed:
+        parser.exit(1, "\n".join(["Not measured:", *options.failed, ""]))
     if not results:
         parser.error(f"--only: no case of {', '.join(options.suites)} has {options.only!r} in its name; see --list")
     if options.plot is not None and roofline.plot(results, options.plot) == 0:

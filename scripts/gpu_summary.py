@@ -1,15 +1,14 @@
-"""Writes what one step of scripts/gpu.sh did as JSON: on which machine, for how long, and how it ended."""
+"""Adds to a JSON file what one step of scripts/gpu.sh did: for how long, how it ended, and which tests failed."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import re
 from pathlib import Path
 from typing import Any
-
-import torch
 
 OUTCOMES = ("passed", "failed", "errors", "error", "skipped", "deselected")
 TAIL = 6000  # characters of the log that are kept
@@ -22,8 +21,15 @@ def test_counts(log: str) -> dict[str, int]:
     return {outcome: int(number) for number, outcome in found}
 
 
+def failures(log: str) -> list[str]:
+    """The lines of pytest's summary: `FAILED tests/test_x.py::test_y[cuda] - RuntimeError: ...`."""
+    return sorted({line for line in log.splitlines() if re.match(r"(FAILED|ERROR) tests/", line)})
+
+
 def machine() -> dict[str, Any]:
     """The GPU, torch and Python of this machine."""
+    import torch  # seconds, which the steps after the first need not take
+
     here = torch.cuda.is_available()
     return {
         "machine": platform.node(),
@@ -49,12 +55,16 @@ def main() -> None:
         "step": options.step,
         "result": endings.get(options.status, f"failed with status {options.status}"),
         "seconds": options.seconds,
-        **machine(),
         "tests": test_counts(log),
+        "failures": failures(log),
         "log_tail": log[-TAIL:],
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(summary, indent=2) + "\n")
+    written = json.loads(options.out.read_text()) if options.out.exists() else {**machine(), "steps": []}
+    written["steps"] = [step for step in written["steps"] if step["step"] != options.step] + [summary]
+    part = options.out.with_suffix(".part")
+    part.write_text(json.dumps(written, indent=2) + "\n")
+    os.replace(part, options.out)  # whole, wherever the run is cut off
     print(f"{options.step}: {summary['result']} after {options.seconds} s -> {options.out}")
 
 

@@ -119,6 +119,25 @@ def test_a_run_writes_what_it_prints(
 
 
 @needs_binary
+def test_a_case_that_fails_takes_no_other_with_it(
+    one_case: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(bandwidth: float) -> harness.Result:
+        raise torch.OutOfMemoryError("no room")
+
+    good = run.SUITES["selection"](True, "cpu")[0]
+    monkeypatch.setattr(
+        run, "SUITES", {"selection": lambda quick, device="cpu": [("bad", fails), good, ("bad", fails)]}
+    )
+    with pytest.raises(SystemExit) as stopped:
+        started(monkeypatch, "--suite", "selection", "--threads", 1, "--out", tmp_path)
+    assert stopped.value.code == 1
+    assert "Not measured:\nselection bad: OutOfMemoryError: no room" in capsys.readouterr().err
+    kept = json.loads((tmp_path / f"selection.{harness.machine_name()}.json").read_text())
+    assert [one["case"] for one in kept["results"]] == ["k-th of 1 Mi scores"]
+
+
+@needs_binary
 def test_a_run_writes_nothing_unless_asked(one_case: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     started(monkeypatch, "--suite", "selection")

@@ -43,7 +43,7 @@ class Sorting(nn.Module):
         self.first = nn.Linear(6, 8)
 
     def forward(self, x):
-        return torch.cumsum(self.first(x), 1)
+        return torch.cumprod(self.first(x), 1)
 
 def broken():
     raise KeyError("no such thing")
@@ -177,8 +177,8 @@ def test_support_tells_missing_rules_by_its_exit_code(here: Path) -> None:
     fine = run("support", "--model", "nets_of_mine:perceptron", "--input-shape", "1,6")
     assert (fine.exit_code, "linear" in fine.output) == (0, True)
     lacking = run("support", "--model", "nets_of_mine:Sorting", "--input-shape", "1,6")
-    assert (lacking.exit_code, "cumsum" in lacking.output) == (1, True)
-    assert "cumsum" in refused(*PRUNE, "--density", "0.5", "--model", "nets_of_mine:Sorting")
+    assert (lacking.exit_code, "cumprod" in lacking.output) == (1, True)
+    assert "cumprod" in refused(*PRUNE, "--density", "0.5", "--model", "nets_of_mine:Sorting")
 
 
 @pytest.mark.parametrize(

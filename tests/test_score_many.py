@@ -408,7 +408,7 @@ class Sorting(nn.Module):
         self.first = nn.Linear(6, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cumsum(self.first(x), 1)
+        return torch.cumprod(self.first(x), 1)
 
 
 @pytest.mark.parametrize(
@@ -419,7 +419,7 @@ class Sorting(nn.Module):
         ({"a": X}, {}, ValueError, "network '1': architecture: wanted the network a weight set belongs to, got None"),
         (("a", "b", "c"), {}, TypeError, r"network 1: wanted \(name, network\), got a tuple of 3"),
         (("0", mlp((6, 5, 3))), {}, ValueError, "wanted a name of its own for each, got '0' twice"),
-        (Sorting(), {}, ValueError, "network '1': PathNetwork: operator aten.cumsum"),
+        (Sorting(), {}, ValueError, "network '1': PathNetwork: operator aten.cumprod"),
         (mlp((6, 5, 3)), {"example_input": None}, ValueError, "network '.': .*example_input: wanted an input"),
         (
             mlp((6, 4, 3)),

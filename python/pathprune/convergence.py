@@ -74,7 +74,8 @@ def predict_convergence(
     if steps < 0:
         raise ValueError(f"predict_convergence: steps: wanted at least 0, got {steps}")
     network = as_network(model, x[:1] if example_input is None else example_input)
-    masked = {name: network.tensors[name].detach() * mask for name, mask in (masks or {}).items()}
+    whole = {name: network.tensors[name].detach() for name in masks or ()}
+    masked = {name: whole[name] * mask.to(whole[name].device) for name, mask in (masks or {}).items()}
     outputs = record(network, Batch((x,), {}, None), masked, "predict_convergence").outputs
     made = torch.cat([out.double().reshape(len(x), -1) for out in outputs], 1)
     if y.shape != made.shape:
@@ -84,7 +85,7 @@ def predict_convergence(
     values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
     residual = vectors.T @ (made - y.double()).flatten()
     rate = learning_rate if learning_rate is not None else 1 / float(values[0]) if float(values[0]) > 0 else 0.0
-    powers = (1 - rate * values)[None] ** (2 * torch.arange(steps + 1, dtype=torch.float64))[:, None]
+    powers = (1 - rate * values)[None] ** (2 * torch.arange(steps + 1).to(values))[:, None]
     loss = (powers * residual.square()).sum(1) / (2 * len(x))
     total = residual.square().sum().clamp(min=5e-324)
     return Convergence(loss, values, residual.square() / total, log2_trace(network, masks))

@@ -67,12 +67,13 @@ def _touched(network: PathNetwork) -> tuple[dict[int, bool], dict[int, bool]]:
 
 
 def _classes(flow: Tensor, node: Synapse) -> Tensor:
-    """Which units of a flow are equal at all positions: for each unit its class; for ``rows`` [groups, units]."""
+    """Which units of a flow are equal at all positions: for each unit its class; for ``rows`` [groups, units]. On the
+    CPU, as what they are put together with."""
     if node.form == "rows":  # [1, groups, positions, units]
         units = flow[0].movedim(1, 2)
-        return torch.unique(units.flatten(0, 1), dim=0, return_inverse=True)[1].reshape(units.shape[:2])
+        return torch.unique(units.flatten(0, 1), dim=0, return_inverse=True)[1].reshape(units.shape[:2]).cpu()
     axis = 1 if node.form.startswith("conv") else flow.dim() - 1
-    return torch.unique(flow.movedim(axis, 0).flatten(1), dim=0, return_inverse=True)[1]
+    return torch.unique(flow.movedim(axis, 0).flatten(1), dim=0, return_inverse=True)[1].cpu()
 
 
 def _sets(shape: torch.Size, node: Synapse, entering: Tensor | None, leaving: Tensor | None) -> Tensor:

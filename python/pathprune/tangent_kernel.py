@@ -206,7 +206,8 @@ def _first_input(data: Data) -> Any:
 
 
 def _recorded(network: PathNetwork, batch: Batch, masks: Masks | None, who: str) -> Recording:
-    masked = {name: network.tensors[name].detach() * mask for name, mask in (masks or {}).items()}
+    whole = {name: network.tensors[name].detach() for name in masks or ()}
+    masked = {name: whole[name] * mask.to(whole[name].device) for name, mask in (masks or {}).items()}
     return record(network, batch, masked, who)
 
 
@@ -242,7 +243,7 @@ def _paired(network: PathNetwork, recording: Recording, i: int) -> Recording:
 
 
 def _log2(flow: Scaled) -> Tensor:
-    return flow.tensor[0].double().flatten(1).log2() + flow.exponent.cpu()
+    return flow.tensor[0].double().flatten(1).log2() + flow.exponent.to(flow.tensor.device)
 
 
 def _double(flow: Scaled) -> Tensor:
