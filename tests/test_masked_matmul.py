@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -356,6 +358,8 @@ def refusals() -> list[Any]:
         pytest.param(lambda: pp.masked_matmul(x, values[1:], mask), r"weight: wanted \[3, 20\] or", id="values"),
         pytest.param(lambda: pp.masked_matmul(x, weight, bits[:2]), r"weight: wanted \[2, 20\] or", id="mask"),
         pytest.param(lambda: pp.masked_matmul(x, weight, bits.int()), "pack_mask: mask: wanted bool", id="bool"),
+        pytest.param(lambda: pp.pack_mask("a"), "pack_mask: mask: wanted bool", id="no mask"),
+        pytest.param(lambda: pp.masked_matmul(x, None, mask), "x and weight: wanted tensors, got", id="no weight"),
         pytest.param(lambda: pp.masked_matmul(x, values, mask, x[0]), r"bias: wanted \[3\]", id="bias"),
         pytest.param(lambda: pp.masked_matmul(x, values, mask, kernel="?"), "kernel: wanted one of", id="kernel"),
         pytest.param(lambda: pp.masked_matmul(x, values, mask, kernel="gather"), "kernel: wanted 0 or 1", id="T"),
@@ -388,6 +392,17 @@ def test_refuses_more_entries_than_an_order_can_number() -> None:
     layout = torch.tensor([-1], dtype=torch.int16).expand(1, rows, columns // 16)
     with pytest.raises(ValueError, match=rf"wanted at most 2\^31 - 1 entries, got {rows * columns}"):
         sparse_ops.sparse_index(layout, torch.arange(rows + 1) * columns, columns)
+
+
+def test_copies_of_a_mask_and_masks_that_nothing_watches() -> None:
+    """A pickled mask is the mask; one made in inference mode has no count of what is written to it."""
+    mask = pp.pack_mask(torch.rand(7, 33) < 0.3)
+    for copied in (pickle.loads(pickle.dumps(mask)), copy.deepcopy(mask)):
+        assert torch.equal(copied.bits(), mask.bits()) and copied.kernel(8) == mask.kernel(8)
+    with torch.inference_mode():
+        bits = torch.rand(7, 33) < 0.3
+        x, w = torch.randn(5, 33), torch.randn(7, 33)
+        torch.testing.assert_close(pp.masked_matmul(x, w, bits), x @ (w * bits).T)
 
 
 def test_refuses_a_mask_that_changed() -> None:

@@ -232,3 +232,8 @@ def test_it_finds_the_same(name: str) -> None:
         assert here(found) == here(wanted)
     else:
         torch.testing.assert_close(here(found), here(wanted), rtol=1e-9, atol=1e-9)
+
+
+def test_an_example_that_stayed_on_the_cpu_is_told() -> None:
+    with pytest.raises(pp.UnsupportedModelError, match="example_input: wanted tensors on cuda:0, got cpu"):
+        PathNetwork.from_module(there(chain()), ONE.double())

@@ -69,6 +69,15 @@ def _as_it_is_read(model: nn.Module, every_choice: bool) -> Iterator[None]:
             setattr(config, key, value)
 
 
+def _require_same_device(model: nn.Module, given: Any) -> None:
+    """Raises where the model is on a GPU and the example is not: torch's own words for it are long."""
+    devices = {p.device for p in model.parameters()}
+    for a in tree_leaves(given):
+        if isinstance(a, Tensor) and a.device not in devices and {d.type for d in devices} == {"cuda"}:
+            wanted = " or ".join(sorted(map(str, devices)))
+            raise UnsupportedModelError(f"PathNetwork: example_input: wanted tensors on {wanted}, got {a.device}")
+
+
 @contextmanager
 def _quietly() -> Iterator[None]:
     """Without torch's log of what an exception is going to say, unless that log was asked for (``TORCH_LOGS``)."""
@@ -95,6 +104,7 @@ def export(model: nn.Module, example_input: Any, *, every_choice: bool = True) -
         UnsupportedModelError: the model has data-dependent control flow, or does not accept ``example_input``.
     """
     args, kwargs = one_sample(example_input)
+    _require_same_device(model, (args, kwargs))
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     try:
         as_read = _as_it_is_read(model, every_choice)

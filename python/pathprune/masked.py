@@ -217,7 +217,14 @@ class PackedMask:
         self._kernels: dict[tuple[int, bool, torch.dtype], str] = {}
         self._tiles: Tiles | None = None
         watched = () if torch.compiler.is_compiling() else (pattern.layout, source)
-        self._watched = [(weakref.ref(tensor), tensor._version) for tensor in watched if tensor is not None]
+        told = [t for t in watched if t is not None and not t.is_inference()]  # that it is written to
+        self._watched = [(weakref.ref(tensor), tensor._version) for tensor in told]
+
+    def __getstate__(self) -> Pattern:
+        return self.pattern
+
+    def __setstate__(self, pattern: Pattern) -> None:
+        self.__init__(pattern)  # type: ignore[misc]
 
     @property
     def density(self) -> float:
@@ -327,7 +334,7 @@ def pack_mask(mask: Tensor) -> PackedMask:
     Raises:
         ValueError: another dtype or number of dimensions, or more than 2^31 - 1 entries.
     """
-    if mask.dtype != torch.bool or mask.dim() not in (2, 3):
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() not in (2, 3):
         refuse("pack_mask", "mask", "bool [out, in]", mask)
     bits = mask if mask.dim() == 3 else mask[None]
     layout = mask_pack(bits)
@@ -371,6 +378,8 @@ def masked_matmul(
         mask = pp.pack_mask(torch.rand(64, 128) < 0.1)
         y = pp.masked_matmul(torch.rand(32, 128), torch.rand(64, 128), mask)
     """
+    if not (isinstance(x, Tensor) and isinstance(weight, Tensor)):
+        refuse(_OP, "x and weight", "tensors", f"{type(x).__name__} and {type(weight).__name__}")
     packed = mask if isinstance(mask, PackedMask) else pack_mask(mask)
     if not torch.compiler.is_compiling():
         packed.check_unchanged()

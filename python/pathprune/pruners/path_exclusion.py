@@ -39,6 +39,7 @@ from ..ops import WeightMap
 from ..policy import Policy, policy_of
 from ..recording import elements, record
 from ..select import Bracket
+from ..surroundings import device_of_caller
 from ..weights import Scaled, Weight, power_of_two, weights_of
 from .base import Pruner, Scorer
 from .objective import Loss, batch_norm_arguments, labelled_output, logits_of, masked
@@ -234,7 +235,7 @@ def _released(network: PathNetwork, weights: Mapping[str, Weight], data: Data) -
     own = dict(model.named_parameters())
 
     def call(tensors: Mapping[str, Tensor], batch: Batch, mode: _Gated) -> Tensor:
-        with mode:
+        with mode, device_of_caller():
             return logits_of(functional_call(model, dict(tensors), batch.args, dict(batch.kwargs)))
 
     def score(guess: Bracket | None) -> None:
