@@ -64,8 +64,8 @@ class PX(Pruner):
             h, as the sum over open paths has them; ``paths``: they divide by the RMS of the flow in g and in h.
 
     Gates come from the model in eval mode, the routing of experts and the decays of state spaces among them: an
-    activation without a ReLU passes ``(phi(z) / z)^2``, attention weights and norms count squared, a factor of a product
-    with the square of half of the other.
+    activation without a ReLU passes ``(phi(z) / z)^2``, attention weights and norms count squared, a factor of a
+    product with the square of half of the other.
 
     Raises:
         TypeError: data that can be read only once.
