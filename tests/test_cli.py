@@ -26,7 +26,7 @@ SMALL = "pathprune.models:lenet_300_100"
 FILES = ["masks.safetensors", "report.json", "report.png"]
 
 MODELS = """
-import time, torch
+import signal, time, torch
 from pathlib import Path
 from torch import nn
 
@@ -36,6 +36,15 @@ def perceptron():
 def endless():
     Path("started").touch()
     return perceptron()
+
+class Interrupting:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+
+def deaf():
+    Interrupting()
+    while True:
+        time.sleep(0.01)
 
 class Sorting(nn.Module):
     def __init__(self):
@@ -247,13 +256,16 @@ def test_ctrl_c_stops_a_run_and_leaves_nothing(here: Path) -> None:
     endless = [argument.replace("perceptron", "endless") for argument in PRUNE]
     command = [sys.executable, "-m", "pathprune.cli", *endless, "--density", "0.5", "--rounds", "2000000"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not (here / "started").exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert process.poll() is None
-    time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=120)
+    try:
+        deadline = time.monotonic() + 120
+        while not (here / "started").exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert process.poll() is None
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
     # CPython ends by the signal itself where the interrupt fell inside an exec of source text, whoever
     # caught it (Py_RunMain); a shell reads both as 130.
     assert process.returncode in (130, -signal.SIGINT), err
@@ -261,6 +273,18 @@ def test_ctrl_c_stops_a_run_and_leaves_nothing(here: Path) -> None:
     assert "Traceback" not in err
     assert out == ""
     assert {path.name for path in here.iterdir()} <= {"nets_of_mine.py", "__pycache__", "started"}
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupt_that_python_drops_comes_again(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "_SECONDS_TO_NOTICE", 0.2)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        found = run(*(argument.replace("perceptron", "deaf") for argument in PRUNE), "--density", "0.5")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (found.exit_code, found.output.splitlines()[-1]) == (130, "pathprune: interrupted")
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
 
 
 def test_without_typer_the_command_says_what_to_install() -> None:

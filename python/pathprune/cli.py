@@ -13,6 +13,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -101,11 +102,15 @@ class FileMethod(str, enum.Enum):
         return Wanda(read_tokens(calibration), by_blocks=True)
 
 
+_SECONDS_TO_NOTICE = 5.0  # more than what clears up after an interrupt takes
+
+
 @contextmanager
 def _one_line_errors() -> Iterator[None]:
     """Mistakes and failures as a line on stderr and an exit code; bugs keep their traceback."""
     try:
-        yield
+        with _interrupted_until_noticed():
+            yield
     except KeyboardInterrupt:
         typer.echo("pathprune: interrupted", err=True)
         raise typer.Exit(130) from None
@@ -114,6 +119,34 @@ def _one_line_errors() -> Iterator[None]:
             raise
         typer.echo(f"pathprune: {' '.join(str(error).split()) or type(error).__name__}", err=True)
         raise typer.Exit(1) from None
+
+
+@contextmanager
+def _interrupted_until_noticed() -> Iterator[None]:
+    """Ctrl-C raises again some seconds later: Python drops what is raised inside a destructor or a weak reference's
+    callback, of which reading a model has many.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or before is not signal.default_int_handler:
+        yield
+        return
+    alarm, is_armed = signal.getsignal(signal.SIGALRM), False
+
+    def interrupt(*_: object) -> None:
+        nonlocal is_armed
+        is_armed = True
+        signal.signal(signal.SIGALRM, interrupt)
+        signal.setitimer(signal.ITIMER_REAL, _SECONDS_TO_NOTICE)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if is_armed:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, alarm)
 
 
 @app.command()
