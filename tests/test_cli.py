@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import signal
 import subprocess
@@ -255,7 +256,9 @@ def test_without_matplotlib_the_rest_is_written(here: Path, monkeypatch) -> None
 def test_ctrl_c_stops_a_run_and_leaves_nothing(here: Path) -> None:
     endless = [argument.replace("perceptron", "endless") for argument in PRUNE]
     command = [sys.executable, "-m", "pathprune.cli", *endless, "--density", "0.5", "--rounds", "2000000"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # where the tests run in the background
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, **pipes, text=True, preexec_fn=heard)
     try:
         deadline = time.monotonic() + 120
         while not (here / "started").exists() and process.poll() is None and time.monotonic() < deadline:
