@@ -254,15 +254,20 @@ REFUSED = {
 }
 
 
+def assert_refused(model: nn.Module, x: Tensor, message: str) -> None:
+    """With these words, and the model as it was."""
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(UnsupportedModelError, match=message):
+        PathNetwork.from_module(model, x)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_has_no_meaning_is_refused_by_name(case: str) -> None:
     function, message = REFUSED[case]
-    model = Does(function).double()
-    before = {name: p.clone() for name, p in model.named_parameters()}
-    with pytest.raises(UnsupportedModelError, match=message):
-        PathNetwork.from_module(model, torch.rand(1, WIDTH).double())
-    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-    report = PathNetwork.support_report(model, torch.rand(1, WIDTH).double())
+    model, x = Does(function).double(), torch.rand(1, WIDTH).double()
+    assert_refused(model, x, message)
+    report = PathNetwork.support_report(model, x)
     assert not report
     assert not report.missing() and "refused: " in str(report)
 

@@ -215,3 +215,12 @@ def test_sparse_layers_take_it_where_it_pays(padding_mode: str, monkeypatch: pyt
     assert bool(calls) == (padding_mode == "zeros")
     with torch.no_grad():
         torch.testing.assert_close(layer(x[0]), wanted[0], rtol=1e-11, atol=1e-11)
+
+
+def test_gain_is_expected_only_where_the_kernel_is() -> None:
+    """Half precision and other devices have none; images that a stride cuts up have less."""
+    w = torch.empty(4, 4, 3, 3)
+    assert room.expected_gain(w, (1, 1), 0.01) > room.expected_gain(w, (1, 1), 0.1) > 1
+    assert 1 < room.expected_gain(w, (2, 2), 0.01) < room.expected_gain(w, (1, 1), 0.01)
+    assert room.expected_gain(w.bfloat16(), (1, 1), 0.01) == 0
+    assert room.expected_gain(w.to("meta"), (1, 1), 0.01) == 0

@@ -1,10 +1,12 @@
 // Which instruction set the CPU kernels use. Every csrc/ops/*_isa.cpp is compiled once for each,
 // with PATHPRUNE_ISA defined as its name, and puts what it defines into a namespace of that name:
 //
+//     // sweep.h, inside pathprune
+//     PP_IN_EVERY_ISA(void sweep(const float* w, ...);)
 //     // sweep_isa.cpp
 //     namespace pathprune::PATHPRUNE_ISA { void sweep(const float* w, ...) { ... } }
 //     // sweep.cpp
-//     PP_BY_ISA(sweep)(w, ...);   // after declaring sweep in each namespace, inside pathprune
+//     PP_BY_ISA(sweep)(w, ...);
 //
 // Such a file keeps every function it uses inline within it or in that namespace: an inline
 // function of another namespace that the compiler emits out of line could be linked from the
@@ -63,8 +65,22 @@ Function* pick_by_isa(Function* baseline, Function* avx2, Function* avx512) {
 }  // namespace pathprune
 
 #if defined(PATHPRUNE_X86)
+#define PP_IN_EVERY_ISA(...) \
+  namespace baseline {       \
+  __VA_ARGS__                \
+  }                          \
+  namespace avx2 {           \
+  __VA_ARGS__                \
+  }                          \
+  namespace avx512 {         \
+  __VA_ARGS__                \
+  }
 #define PP_BY_ISA(function) \
   ::pathprune::pick_by_isa(&baseline::function, &avx2::function, &avx512::function)
 #else
+#define PP_IN_EVERY_ISA(...) \
+  namespace baseline {       \
+  __VA_ARGS__                \
+  }
 #define PP_BY_ISA(function) (&baseline::function)
 #endif

@@ -1,4 +1,4 @@
-// What every core header needs: host+device functions and bit casts.
+// What every core header needs: host+device functions, bit casts, division upwards.
 
 #pragma once
 
@@ -13,6 +13,8 @@
 #endif
 
 namespace pathprune {
+
+PP_HD int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // std::bit_cast, for device code too.
 template <typename To, typename From>

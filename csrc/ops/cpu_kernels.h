@@ -94,19 +94,8 @@ struct MaskKernels {
   void (*compact)(const Weights&, int64_t flat_row, void* values);
 };
 
-#define PP_DECLARE_KERNELS(isa)                 \
-  namespace isa {                               \
-  template <typename A>                         \
-  PathFlowKernels<A> path_flow_kernels();       \
-  template <typename A>                         \
-  ThroughFlowKernels<A> through_flow_kernels(); \
-  MaskKernels mask_kernels();                   \
-  }
-PP_DECLARE_KERNELS(baseline)
-#if defined(PATHPRUNE_X86)
-PP_DECLARE_KERNELS(avx2)
-PP_DECLARE_KERNELS(avx512)
-#endif
-#undef PP_DECLARE_KERNELS
+PP_IN_EVERY_ISA(template <typename A> PathFlowKernels<A> path_flow_kernels();
+                template <typename A> ThroughFlowKernels<A> through_flow_kernels();
+                MaskKernels mask_kernels();)
 
 }  // namespace pathprune

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "core/macros.h"
 #include "glue/cpu.h"
 #include "glue/cpu_ops.h"
 #include "glue/pattern.h"
@@ -17,8 +18,6 @@ constexpr int64_t kLanes = 16;
 // Units that are packed, and entries that are mapped or placed, by a thread at a time.
 constexpr int64_t kPackedUnits = 512;
 constexpr int64_t kEntriesAtOnce = 1 << 16;
-
-int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Calls visit(begin, end) for parts of 0 .. count - 1, on torch's threads.
 template <typename Visit>

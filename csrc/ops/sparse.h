@@ -8,6 +8,7 @@
 
 #include <cstdint>
 
+#include "core/isa.h"
 #include "core/weight_map.h"
 #include "ops/weights.h"
 
@@ -88,16 +89,6 @@ struct SparseKernels {
                   void* dense);
 };
 
-#define PP_DECLARE_KERNELS(isa)      \
-  namespace isa {                    \
-  template <typename A>              \
-  SparseKernels<A> sparse_kernels(); \
-  }
-PP_DECLARE_KERNELS(baseline)
-#if defined(PATHPRUNE_X86)
-PP_DECLARE_KERNELS(avx2)
-PP_DECLARE_KERNELS(avx512)
-#endif
-#undef PP_DECLARE_KERNELS
+PP_IN_EVERY_ISA(template <typename A> SparseKernels<A> sparse_kernels();)
 
 }  // namespace pathprune

@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "core/macros.h"
 #include "glue/cpu.h"
 #include "glue/cpu_ops.h"
 
@@ -16,10 +17,7 @@ namespace pathprune {
 namespace {
 
 constexpr const char* kOp = "thin_convolution";
-constexpr int64_t kChunkBytes = 512
-                                << 10;  // of images laid flat: half of a cache of the second level
-
-int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t kChunkBytes = 1 << 19;  // of images laid flat: half of a second-level cache
 
 // One axis of a convolution. Of every s-th row, a stride of s, the images have s phases; a kernel
 // entry reads one of them, some rows before or behind the output's.
@@ -27,18 +25,15 @@ struct Axis {
   int64_t size, kernel, stride, padding, dilation;
 
   int64_t out() const { return (size + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1; }
-  int64_t before() const { return (padding + stride - 1) / stride; }  // rows of padding in a phase
-  int64_t phase(int64_t entry) const {
-    return (entry * dilation + before() * stride - padding) % stride;
-  }
-  // The first row that an entry reads, in its phase and from the padding on.
-  int64_t row(int64_t entry) const {
-    return (entry * dilation + before() * stride - padding) / stride;
-  }
+  int64_t before() const { return ceil_divide(padding, stride); }  // rows of padding in a phase
+  // What an entry reads first, from the padding on: which phase, and the row in it.
+  int64_t phase(int64_t entry) const { return first(entry) % stride; }
+  int64_t row(int64_t entry) const { return first(entry) / stride; }
+  int64_t first(int64_t entry) const { return entry * dilation + before() * stride - padding; }
   int64_t reach() const { return row(kernel - 1); }
   // From an image to the next: the padding behind one is that before the next.
   int64_t period() const {
-    return std::max((size + stride - 1) / stride + before(),
+    return std::max(ceil_divide(size, stride) + before(),
                     out() + std::max<int64_t>(reach() - before(), 0));
   }
 };
@@ -264,7 +259,7 @@ class Convolution {
                           flat + from,      whole,
                           nullptr,          std::min(kernels_.tile, rows * layout_.wide - from)};
       if (w_.whole.count) {
-        const ThinSegment all = {0, static_cast<int32_t>(kernels_.tile), 0};
+        const ThinSegment all = {0, static_cast<int32_t>(tile.positions), 0};
         tile.segments = &all;
         tile.segment_count = 1;
         tile.y = whole;

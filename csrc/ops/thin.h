@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "core/isa.h"
+
 namespace pathprune {
 
 // One or two rows of weights that are made together, without the entries that are zero in all.
@@ -43,16 +45,6 @@ struct ThinKernels {
   void (*multiply)(const ThinRows* rows, int64_t count, const ThinTile<A>& tile);
 };
 
-#define PP_DECLARE_KERNELS(isa)  \
-  namespace isa {                \
-  template <typename A>          \
-  ThinKernels<A> thin_kernels(); \
-  }
-PP_DECLARE_KERNELS(baseline)
-#if defined(PATHPRUNE_X86)
-PP_DECLARE_KERNELS(avx2)
-PP_DECLARE_KERNELS(avx512)
-#endif
-#undef PP_DECLARE_KERNELS
+PP_IN_EVERY_ISA(template <typename A> ThinKernels<A> thin_kernels();)
 
 }  // namespace pathprune

@@ -30,8 +30,6 @@ inline constexpr int kVectorBytes = 16;
 template <typename T>
 inline constexpr int kVector = kVectorBytes / static_cast<int>(sizeof(T));
 
-PP_HD int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 PP_HD int64_t tiles_of_row(int64_t words) { return ceil_divide(words, kTileWords); }
 
 // Where in the tile a lane's i-th column is, i < 16, for `vector` columns in a vector.

@@ -60,15 +60,6 @@ struct WalkKernels {
                     int64_t column, int64_t count);
 };
 
-#define PP_DECLARE_KERNELS(isa) \
-  namespace isa {               \
-  WalkKernels walk_kernels();   \
-  }
-PP_DECLARE_KERNELS(baseline)
-#if defined(PATHPRUNE_X86)
-PP_DECLARE_KERNELS(avx2)
-PP_DECLARE_KERNELS(avx512)
-#endif
-#undef PP_DECLARE_KERNELS
+PP_IN_EVERY_ISA(WalkKernels walk_kernels();)
 
 }  // namespace pathprune

@@ -18,8 +18,19 @@ WORD = 16  # columns in one mask word
 STRETCH = 64  # columns whose entries `tile_start` tells the beginning of
 WEIGHT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _FLOATS = "float32, float64, bfloat16 or float16"
-_LEAST = {"columns": 0, "capacity": 0, "stride": 1, "n": 0, "offset": 0}
-_LEAST |= {"stride_y": 1, "stride_x": 1, "padding_y": 0, "padding_x": 0, "dilation_y": 1, "dilation_x": 1}
+_LEAST = {
+    "columns": 0,
+    "capacity": 0,
+    "stride": 1,
+    "n": 0,
+    "offset": 0,
+    "stride_y": 1,
+    "stride_x": 1,
+    "padding_y": 0,
+    "padding_x": 0,
+    "dilation_y": 1,
+    "dilation_x": 1,
+}
 
 Given = ParamSpec("Given")
 Returned = TypeVar("Returned")

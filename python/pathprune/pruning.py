@@ -105,18 +105,9 @@ def prune(
         scope = pruner.scope if scope is None else scope
         area, densities = asked_for(density, sparsity, scope)
         density, sparsity = _numbers("density", density), _numbers("sparsity", sparsity)
-        if count not in ("exact", "published"):
-            raise ValueError(f"prune: count: wanted 'exact' or 'published', got {count!r}")
-        if not isinstance(seed, int):
-            raise TypeError(f"prune: seed: wanted an int, got {seed!r}")
+        _check_options(count, seed, compact, allow_regrowth, savepoints)
         if allocation != "uniform" and area.kind not in ("layer", "row"):
             raise ValueError(f"prune: allocation: wanted scope='layer' or 'row' with it, got scope={scope!r}")
-        if not (isinstance(compact, (bool, int, float)) and 0 <= compact <= 1):
-            raise ValueError(f"prune: compact: wanted True, False or a fraction in [0, 1], got {compact!r}")
-        if allow_regrowth not in (None, True, False):
-            raise TypeError(f"prune: allow_regrowth: wanted True, False or None, got {allow_regrowth!r}")
-        if not isinstance(savepoints, (Savepoints, NoneType)):
-            raise TypeError(f"prune: savepoints: wanted Savepoints, got {type(savepoints).__name__}")
         if savepoints is not None and (len(densities) > 1 or ranks.size > 1):
             raise ValueError("prune: savepoints: wanted one density on one process, got several")
     if ranks.size > 1:
@@ -221,16 +212,29 @@ def _shapes_of(model: nn.Module | PathNetwork) -> str:
     return ", ".join(f"{name} {list(tensor.shape)} {tensor.dtype}" for name, tensor in tensors.items())
 
 
+def _check_options(count: Any, seed: Any, compact: Any, allow_regrowth: Any, savepoints: Any) -> None:
+    """Raises ValueError or TypeError for those that mean nothing."""
+    if count not in ("exact", "published"):
+        raise ValueError(f"prune: count: wanted 'exact' or 'published', got {count!r}")
+    if not isinstance(seed, int):
+        raise TypeError(f"prune: seed: wanted an int, got {seed!r}")
+    if not (isinstance(compact, (bool, int, float)) and 0 <= compact <= 1):
+        raise ValueError(f"prune: compact: wanted True, False or a fraction in [0, 1], got {compact!r}")
+    if allow_regrowth not in (None, True, False):
+        raise TypeError(f"prune: allow_regrowth: wanted True, False or None, got {allow_regrowth!r}")
+    if not isinstance(savepoints, (Savepoints, NoneType)):
+        raise TypeError(f"prune: savepoints: wanted Savepoints, got {type(savepoints).__name__}")
+
+
 def _numbers(name: str, given: Any) -> float | list[float] | None:
     """A number, or a list of them, whatever library it is of; text and truth values are none."""
+    if given is None:
+        return None
+    several = isinstance(given, (list, tuple))
     try:
-        if any(
-            isinstance(value, (str, bytes, bool)) for value in (given if isinstance(given, (list, tuple)) else [given])
-        ):
+        if any(isinstance(value, (str, bytes, bool)) for value in (given if several else [given])):
             raise TypeError
-        if given is None or not isinstance(given, (list, tuple)):
-            return None if given is None else float(given)
-        return [float(value) for value in given]
+        return [float(value) for value in given] if several else float(given)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"prune: {name}: wanted a number or a list of numbers, got {given!r}") from None
 

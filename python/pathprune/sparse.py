@@ -359,7 +359,7 @@ def _judge(
     on_cuda = weight.dtype if weight.is_cuda and not isinstance(layer, nn.Conv2d) else None
     speedup = {b: expected_speedup(rows, columns, kept / total, b, on_cuda=on_cuda) / handicap for b in batches}
     if isinstance(layer, nn.Conv2d) and _is_plain(layer):
-        speedup = {b: max(s, expected_gain(kept / total)) for b, s in speedup.items()}
+        speedup = {b: max(s, expected_gain(weight, layer.stride, kept / total)) for b, s in speedup.items()}
     swapped = False
     if type(layer) not in _LAYERS or name.rpartition(".")[2] != "weight":
         reason = f"{type(layer).__name__}: no sparse layer"
