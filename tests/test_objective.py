@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 
 import pytest
 import torch
@@ -180,12 +181,40 @@ ALL = [pp.SNIP, pp.FORCE, pp.Fisher, pp.Hutchinson, pp.GraSP]
     ([(X, torch.tensor([-1]))], None, r"data: wanted labels in \[0, 4\), got -1 in batch 0"),
     ([DATA[0], X], None, r"data: wanted batches \(x, y\), .*got x alone in batch 1"),
     ([DATA[0], X], F.cross_entropy, r"data: wanted batches \(x, y\), got x alone in batch 1"),
+    ([DATA[0], (X, torch.tensor([1, 2]))], None, r"data: wanted labels, integers of shape \[1\], got int64 \[2\]"),
+    ([(X, torch.tensor([[0.5, 0.5]]))], None, r"data: wanted probabilities of shape \[1, 4\], got float32 \[1, 2\] in"),
+    ([(X, [1])], None, "data: wanted labels in a tensor, got list in batch 0"),
     ([(X * math.nan, torch.tensor([0]))], None, "data: wanted finite inputs, got NaN or infinite ones in batch 0"),
 ])  # fmt: skip
 def test_bad_data_and_losses_name_the_batch(method, data, loss, message):
     pruner = method(data) if loss is None else method(data, loss)
     with pytest.raises(ValueError, match=f"{method.__name__}: {message}"):
         pp.prune(net(), pruner, density=0.5, example_input=X)
+
+
+NARROW = X[..., :5], torch.tensor([0])
+TAKING_DATA = [*ALL, pp.IterSNIP, pp.PXExact, pp.NTKSAP, pp.Wanda, partial(pp.PX, variant="released"), pp.PX]
+
+
+@pytest.mark.parametrize("method", TAKING_DATA)
+@pytest.mark.parametrize(("batch", "got"), [
+    (NARROW, "float64 [1, 2, 6, 5] ("),
+    ((X.long(), NARROW[1]), "int64 [1, 2, 6, 6] ("),
+    (((X, X), NARROW[1]), "float64 [1, 2, 6, 6], float64 [1, 2, 6, 6] (TypeError"),
+    (({"image": X}, NARROW[1]), "float64 [1, 2, 6, 6] (TypeError"),
+])  # fmt: skip
+def test_batches_that_the_model_does_not_take_are_shown(method, batch, got):
+    model, pruner = mixed_model(), method([DATA[0], batch])
+    before = state_of(model)
+    with pytest.raises(ValueError, match=f"^{pruner.name}: data: wanted .*, got ") as told:
+        pp.prune(model, pruner, density=0.5, example_input=X)
+    if not isinstance(pruner, pp.PX) or pruner.variant == "released":
+        assert (
+            f"data: wanted batches that the model takes, such as example_input's float64 [1, 2, 6, 6], got {got}"
+            in str(told.value)
+        )
+        assert told.value.__cause__ is not None
+    assert_same_state(before, state_of(model))
 
 
 @pytest.mark.parametrize("method", [pp.SNIP, pp.FORCE, pp.Hutchinson, pp.GraSP])

@@ -9,7 +9,7 @@ Oracle: the definition, from activations that are all kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .batches import Batch
+from .batches import Batch, runs_on
 from .checks import accumulate_dtype
 from .expert_inputs import ExpertInputs, one_by_one
 from .layers import expert_matrices, is_transposed, modules_of
@@ -170,11 +170,16 @@ def _of_patches(x: Tensor, output: Tensor, module: Any) -> Tensor:
     return total
 
 
-def run(model: nn.Module, batches: Iterable[Batch]) -> None:
-    """Runs the model on each batch."""
+def run(model: nn.Module, batches: Iterable[Batch], who: str, example: Sequence[Any] = ()) -> None:
+    """Runs the model on each batch, as it runs on the inputs ``example``.
+
+    Raises:
+        ValueError: the model does not take a batch.
+    """
     with evaluating(model), device_of_caller():
         for batch in batches:
-            model(*batch.args, **dict(batch.kwargs))
+            with runs_on(batch, who, example):
+                model(*batch.args, **dict(batch.kwargs))
 
 
 @contextmanager

@@ -6,12 +6,14 @@ Nothing here copies, concatenates or shuffles.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 Data = Iterable[Any]
 
@@ -101,6 +103,34 @@ def _moved(value: Any, device: torch.device | str) -> Any:
     if isinstance(value, (tuple, list)):
         return type(value)(_moved(item, device) for item in value)
     return value
+
+
+@contextmanager
+def runs_on(batch: Batch, who: str, example: Sequence[Any] = ()) -> Iterator[None]:
+    """Where a model runs on a batch, as it does on the inputs ``example``: what it raises is told as a mistake in data.
+
+    Raises:
+        ValueError: for any error but one of ours, and lack of memory; torch's own words are at its end.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # torch raises many types for a wrong shape, a model's own code any
+        if str(error).startswith(f"{who}: "):
+            raise
+        wanted = "batches that the model takes"
+        if example:
+            wanted += f", such as example_input's {_described(example)}"
+        got = _described((batch.args, dict(batch.kwargs)))
+        why = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else "without a message"
+        raise ValueError(f"{who}: data: wanted {wanted}, got {got} ({type(error).__name__}: {why})") from error
+
+
+def _described(value: Any) -> str:
+    """Types and shapes of the tensors in it."""
+    tensors = [a for a in tree_leaves(value) if isinstance(a, Tensor)]
+    return ", ".join(f"{str(a.dtype).removeprefix('torch.')} {list(a.shape)}" for a in tensors) or "no tensor"
 
 
 def class_balanced(data: Data, per_class: int, classes: int, batch: int = 128) -> list[tuple[Tensor, Tensor]]:

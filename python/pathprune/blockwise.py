@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from .activations import InputSquares, evaluating
-from .batches import Batch
+from .batches import Batch, runs_on
 
 _HIDDEN = "hidden_states"  # the keyword of a block's input, where it is not its first argument
 
@@ -162,7 +162,8 @@ def _check_chain(model: nn.Module, blocks: nn.ModuleList, name: str, batch: Batc
     handles = [block.register_forward_pre_hook(before, with_kwargs=True) for block in blocks]
     handles += [block.register_forward_hook(after) for block in blocks]
     try:
-        model(*batch.args, **dict(batch.kwargs))
+        with runs_on(batch, "blocks"):
+            model(*batch.args, **dict(batch.kwargs))
     finally:
         for handle in handles:
             handle.remove()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ._mask_io import dense_weights
-from .batches import Data, require_reiterable, stream
+from .batches import Data, require_reiterable, runs_on, stream
 from .masks import Masks
 from .surroundings import device_of_caller, undisturbed
 
@@ -118,7 +118,7 @@ def _mean_gradients(
     seen = 0
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.enable_grad():
         for batch in stream(data, "gradient_moments", device, needs_target=True):
-            with device_of_caller():
+            with runs_on(batch, "gradient_moments"), device_of_caller():
                 output = torch.func.functional_call(model, {**effective, **buffers}, batch.args, dict(batch.kwargs))
             value = loss(output, batch.target)
             if not isinstance(value, Tensor) or value.numel() != 1:

@@ -33,6 +33,12 @@ class Forward:
     outputs: tuple[int, ...] = ()
     choosing: Callable[[], fx.GraphModule] | None = None
 
+    @property
+    def example(self) -> list[Any]:
+        """The model inputs it was exported with, as tensors without values."""
+        entering = [node for node in self.graph.graph.nodes if node.op == "placeholder"]
+        return [node.meta["val"] for node, feed in zip(entering, self.feeds, strict=True) if feed is None]
+
 
 @dataclass(frozen=True)
 class Place:

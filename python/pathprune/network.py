@@ -39,6 +39,7 @@ class PathNetwork:
         unreached: names of linear and convolution weights that lie on no input-output path.
         shards: the ranks over which the weights' rows are spread (then ``tensors`` has DTensors); else one process.
         replicas: the ranks whose data count as one; else one process.
+        connected: whether its layers are joined as the model joins them; those of ``layer_network`` are not.
 
     Example:
         >>> net = PathNetwork.from_module(model, torch.ones(1, 3, 224, 224))
@@ -61,6 +62,7 @@ class PathNetwork:
         self.mixed: set[int] = set()  # nodes to which a choice of experts does other than to weight rows
         self.shards: Group = ALONE
         self.replicas: Group = ALONE
+        self.connected = True
         self.whole: PathNetwork = self  # with all positions, where this one has distinct ones only
         self.used: Callable[[str], None] = _unwatched  # called with a weight's name when it has been read through
         self._fixed: set[str] = set()  # weights that are also used as something that is not prunable
@@ -329,6 +331,11 @@ class PathNetwork:
     @property
     def device(self) -> torch.device:
         return next(iter(self.tensors.values())).device if self.tensors else torch.device("cpu")
+
+    @property
+    def example(self) -> list[Any]:
+        """The model inputs it was read with, as tensors without values; none where it was made by hand."""
+        return [] if self.forward is None else self.forward.example
 
     def __repr__(self) -> str:
         weights = sum(self.tensors[name].numel() for name in self.prunable)

@@ -138,10 +138,11 @@ def record(network: PathNetwork, batch: Batch, weights: Mapping[str, Tensor], wh
     wanted = sum(feed is None for feed in forward.feeds)
     if len(given) != wanted:
         raise ValueError(f"{who}: data: wanted {wanted} model inputs, got {len(given)}")
-    shapes = [node.meta["val"].shape for node, feed in _placeholders(forward.graph, forward.feeds) if feed is None]
-    for x, shape in zip(given, shapes, strict=True):
-        if x.shape[1:] != shape[1:]:
-            raise ValueError(f"{who}: data: wanted samples of shape {tuple(shape[1:])}, got {tuple(x.shape[1:])}")
+    for x, like in zip(given, forward.example, strict=True):
+        if x.shape[1:] != like.shape[1:]:
+            raise ValueError(f"{who}: data: wanted samples of shape {tuple(like.shape[1:])}, got {tuple(x.shape[1:])}")
+        if x.is_floating_point() != like.is_floating_point():
+            raise ValueError(f"{who}: data: wanted inputs of {like.dtype}, as example_input's, got {x.dtype}")
 
     routing = Routing(network, tensors, who) if network.routers else None
 
@@ -164,10 +165,6 @@ def record(network: PathNetwork, batch: Batch, weights: Mapping[str, Tensor], wh
     if not all(bool(torch.isfinite(out).all()) for out in outputs):
         raise ValueError(f"{who}: model: wanted finite outputs, got NaN or infinite ones")
     return Recording(tuple(begins), tuple(outputs), gates)
-
-
-def _placeholders(graph: fx.GraphModule, feeds: Sequence[Any]) -> list[tuple[fx.Node, Any]]:
-    return list(zip((n for n in graph.graph.nodes if n.op == "placeholder"), feeds, strict=True))
 
 
 def _dtype(network: PathNetwork) -> torch.dtype:

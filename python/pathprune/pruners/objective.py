@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from .. import ops
-from ..batches import Batch, Data, require_reiterable, stream
+from ..batches import Batch, Data, require_reiterable, runs_on, stream
 from ..distributed import ALONE, Group
 from ..exporting import canonical_names
 from ..network import PathNetwork
@@ -145,10 +145,14 @@ class ModelCall:
         return {name: copies[self._names[name]] for name, _ in every}
 
     def output(self, point: Point, batch: Batch, buffers: Mapping[str, Tensor] | None = None) -> Any:
-        """What the model returns."""
+        """What the model returns.
+
+        Raises:
+            ValueError: the model does not take the batch.
+        """
         values = {**self._parameters, **(self.buffers() if buffers is None else buffers)}
         values.update({name: point[known] for name, known in self._names.items() if known in point})
-        with device_of_caller():
+        with runs_on(batch, self.who, self.network.example), device_of_caller():
             return torch.func.functional_call(self.model, values, batch.args, dict(batch.kwargs), tie_weights=False)
 
 
@@ -210,7 +214,7 @@ class Objective(ModelCall):
         if self.temperature != 1.0:
             logits = logits / self.temperature
         if check and self.of_output in _OF_LABELS:
-            check_labels(self.who, logits, batch.target, position)
+            check_labels(self.who, logits, batch.target, position, self.of_output is cross_entropy)
         return self.of_output(logits, batch.target)
 
     def gradient(self, point: Point) -> Point:
@@ -352,16 +356,27 @@ def logits_of(output: Any) -> Any:
     return output if logits is None else logits
 
 
-def check_labels(who: str, logits: Any, target: Any, position: int) -> None:
-    """Refuses what cross entropy would refuse too late: a CUDA assertion ends the process.
+def check_labels(who: str, logits: Any, target: Any, position: int, probabilities: bool = False) -> None:
+    """Refuses what a loss would refuse too late (a CUDA assertion ends the process), or in other words.
+
+    Args:
+        probabilities: whether the target may be those of all classes.
 
     Raises:
-        ValueError: no logits [n, classes, ...], or labels outside [0, classes); names the batch.
+        ValueError: no logits [n, classes, ...], or labels of another shape or outside [0, classes); names the batch.
     """
     if not isinstance(logits, Tensor) or logits.dim() < 2:
         got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"{who}: loss: wanted logits [n, classes, ...] for cross entropy, got {got}")
-    if not isinstance(target, Tensor) or target.is_floating_point():
+    if not isinstance(target, Tensor):
+        raise ValueError(f"{who}: data: wanted labels in a tensor, got {type(target).__name__} in batch {position}")
+    is_probability = probabilities and target.is_floating_point()
+    shape = logits.shape if is_probability else logits.shape[:1] + logits.shape[2:]
+    if target.shape != shape or (target.is_floating_point() and not probabilities):
+        kind = "probabilities" if is_probability else "labels, integers"
+        got = f"{str(target.dtype).removeprefix('torch.')} {list(target.shape)} in batch {position}"
+        raise ValueError(f"{who}: data: wanted {kind} of shape {list(shape)}, got {got}")
+    if is_probability:
         return
     classes = logits.shape[1]
     wrong = target[(target < 0) | (target >= classes)]

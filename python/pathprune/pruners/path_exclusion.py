@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
-from ..batches import Batch, Data, require_reiterable, stream
+from ..batches import Batch, Data, require_reiterable, runs_on, stream
 from ..distributed import ALONE, Group
 from ..exporting import evaluating
 from ..flow import PathFlow
@@ -236,7 +236,7 @@ def _released(network: PathNetwork, weights: Mapping[str, Weight], data: Data) -
     own = dict(model.named_parameters())
 
     def call(tensors: Mapping[str, Tensor], batch: Batch, mode: _Gated) -> Tensor:
-        with mode, device_of_caller():
+        with runs_on(batch, "PX", network.example), mode, device_of_caller():
             return logits_of(functional_call(model, dict(tensors), batch.args, dict(batch.kwargs)))
 
     def score(guess: Bracket | None) -> None:

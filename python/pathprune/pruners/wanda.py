@@ -80,7 +80,7 @@ class Wanda(Pruner):
             run_by_blocks(network.model, list(batches), squares)
         else:
             with squares.watching():
-                run(network.model, batches)
+                run(network.model, batches, self.name, network.example)
         norms, modules = squares.norms(), prunable_layers(network.model)
 
         def score(guess: Bracket | None) -> None:
