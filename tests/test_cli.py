@@ -137,6 +137,15 @@ def test_options_reach_prune(here: Path) -> None:
     assert masks.metadata["config"]["schedule"] == "linear"
 
 
+@pytest.mark.parametrize("method", ["magnitude", "random"])
+def test_what_looks_at_no_paths_needs_no_input_shape(here: Path, method: str) -> None:
+    model = ("prune", "--model", "nets_of_mine:perceptron", "--density", "0.5", "--out", "out")
+    result = run(*model, "--method", method)
+    assert result.exit_code == 0, result.output
+    assert pp.Masks.load(here / "out/masks.safetensors").kept == 36
+    assert "--input-shape: wanted one" in refused(*model, "--overwrite")
+
+
 def test_a_state_dict_is_loaded(here: Path) -> None:
     state = {"0.weight": torch.zeros(8, 6), "0.bias": torch.zeros(8), "2.weight": torch.ones(3, 8)}
     state["0.weight"][:, 2] = 1

@@ -228,6 +228,18 @@ def test_random_masks_depend_on_the_seed_alone_and_are_uniform():
     assert abs(float(frequency.var()) - 0.3 * 0.7 / 40) < 0.001  # binomial: no weight is favoured
 
 
+def test_what_looks_at_no_paths_needs_no_example_and_says_nothing_of_paths():
+    model = small()
+    for pruner in (pp.Magnitude(), pp.Random()):
+        masks = pp.prune(model, pruner, density=0.3, seed=2)
+        assert masks == pp.prune(model, pruner, density=0.3, seed=2, example_input=X)
+        assert "structure" not in masks.metadata["findings"]
+        assert masks.report().effective_density is None
+        assert "path" not in str(masks.report())
+    branching = nn.Sequential(nn.LSTM(4, 4), nn.Linear(4, 4))  # with what no path rule reads
+    assert list(pp.prune(branching, pp.Random(), density=0.5)) == ["1.weight"]
+
+
 @pytest.mark.parametrize("scope", ["layer", "row", "2:4", "1:2"])
 def test_scopes(scope):
     model = deep_mlp()

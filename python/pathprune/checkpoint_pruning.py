@@ -198,7 +198,7 @@ def _scored(
         work.discard(*work.finished_files())
         raise
     assert isinstance(found, Masks)
-    return _repeatable(found, pruner.needs_paths)
+    return _repeatable(found)
 
 
 def _laid_out(checkpoint: Checkpoint, work: RestartableFolder, assemblies: Mapping[str, Assembly]) -> Shard:
@@ -208,9 +208,9 @@ def _laid_out(checkpoint: Checkpoint, work: RestartableFolder, assemblies: Mappi
     return Shard(work.partial / ASSEMBLED)
 
 
-def _repeatable(masks: Masks, paths_are_known: bool) -> Masks:
-    """The masks without what another run would find otherwise (seconds, memory), or has not looked at (paths)."""
-    passing = {"seconds", "seconds_per_round", "peak_memory_bytes"} | (set() if paths_are_known else {"structure"})
+def _repeatable(masks: Masks) -> Masks:
+    """The masks without what another run would find otherwise: seconds, memory."""
+    passing = {"seconds", "seconds_per_round", "peak_memory_bytes"}
     findings = {key: value for key, value in masks.metadata["findings"].items() if key not in passing}
     return Masks.from_packed({name: masks.packed(name) for name in masks}, {**masks.metadata, "findings": findings})
 

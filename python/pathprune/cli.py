@@ -177,13 +177,14 @@ def prune(
     """
     with _one_line_errors():
         _check_folder(out, overwrite)
-        network = load_model(model, state_dict, seed)
+        network, pruner = load_model(model, state_dict, seed), method.pruner(rounds)
+        needs_example = pruner.needs_paths or input_shape is not None
         masks = prune_model(
             network,
-            method.pruner(rounds),
+            pruner,
             density=density,
             sparsity=sparsity,
-            example_input=example_input(network, input_shape),
+            example_input=example_input(network, input_shape) if needs_example else None,
             scope=scope,
             schedule=schedule,
             seed=seed,

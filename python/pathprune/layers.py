@@ -44,7 +44,7 @@ def layer_network(model: nn.Module, tensors: Mapping[str, Tensor] | None = None)
     """
     require_module(model, "layer_network")
     network = PathNetwork()
-    network.model = model
+    network.model, network.connected = model, False
     outputs = []
     for name, module in prunable_layers(model).items():
         weight = getattr(module, name.rpartition(".")[2]) if tensors is None else tensors.get(name)

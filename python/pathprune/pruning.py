@@ -67,7 +67,8 @@ def prune(
         density: fraction of prunable weights kept, in (0, 1]; or a descending list: one schedule passes through all.
         sparsity: fraction removed, in [0, 1); exactly one of the two is given (neither for n:m, which fixes it).
         example_input: tensor, tuple or kwargs the model accepts; not needed for a ``PathNetwork``, nor by methods that
-            look at each layer alone (``Magnitude``, ``Wanda``).
+            look at each layer alone (``Magnitude``, ``Random``, ``Wanda``): without it they prune every linear layer
+            and convolution of any model, and the report knows nothing of paths.
         scope: what competes: ``global``, ``layer``, ``row`` (each output unit), or ``n:m`` such as ``2:4``; None: the
             method's own, ``row`` for ``Wanda``, ``global`` for others.
         allocation: for ``scope="layer"`` or ``"row"``: ``uniform``, ``erdos_renyi_kernel``, ``smart_ratio``, or
@@ -132,13 +133,13 @@ def prune(
     shapes = {name: network.tensors[name].shape for name in names}
 
     snapshots: list[dict[str, tuple[Tensor, torch.Size]]] = []
-    structures: list[Reach] = []
-    reachable = merge_equal_positions(network, "paths")
+    structures: list[Reach | None] = []
+    reachable = merge_equal_positions(network, "paths") if network.connected else None
 
     def snapshot(which: int) -> None:
         more = which < len(densities) - 1  # rounds to come, which write to the masks
         snapshots.append({name: weights[name].packed_bits(copy=more) for name in names})
-        structures.append(reach(reachable, weights))
+        structures.append(None if reachable is None else reach(reachable, weights))
 
     finished: list[int] = []
     rounds: list[Round] = []
@@ -162,8 +163,9 @@ def prune(
     results = []
     for bits, structure, stop in zip(snapshots, structures, finished, strict=True):
         findings = _findings(rounds[:stop], network, time.perf_counter() - began) | _left_whole(network, names)
-        metadata = {**about, "findings": {**findings, "structure": structure.as_dict()}}
-        results.append(_masks_of(bits, metadata, network, model))
+        if structure is not None:
+            findings["structure"] = structure.as_dict()
+        results.append(_masks_of(bits, {**about, "findings": findings}, network, model))
     return results if isinstance(density if density is not None else sparsity, list) else results[0]
 
 

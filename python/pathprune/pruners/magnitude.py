@@ -49,6 +49,10 @@ class Random(Pruner):
     """Keeps weights at random, each set of the right size equally likely. The same seed gives the same masks."""
 
     @property
+    def needs_paths(self) -> bool:
+        return False
+
+    @property
     def scores_shards(self) -> bool:
         return True
 
