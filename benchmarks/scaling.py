@@ -1,6 +1,7 @@
 """How the time of a SynFlow round grows: with weights, depth, density, rounds, threads, and networks at once.
 
 python benchmarks/scaling.py [--only depth] [--without threads] [--out benchmarks/results]
+python benchmarks/scaling.py --redraw benchmarks/results/scaling.amd-epyc-2-cores.json
 
 A point is verified, then timed beside the published loop and the best plain PyTorch (`baselines`) as everywhere here;
 minutes in all. Perceptrons have 784 inputs and 10 outputs; the batch is of ResNet-20s with other weights, scored in
@@ -10,6 +11,7 @@ one call or one by one, read from their modules before either.
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -175,6 +177,13 @@ def clock_of(axis: str) -> str:
     return "wall" if axis == "threads" else "thread"
 
 
+def panels(count: int) -> list[tuple[int, slice]]:
+    """(row, columns of six) of each panel: up to three share a row, and every row is filled."""
+    rows = -(-count // 3)
+    sizes = [count // rows + (row < count % rows) for row in range(rows)]
+    return [(row, slice(6 // n * k, 6 // n * (k + 1))) for row, n in enumerate(sizes) for k in range(n)]
+
+
 def plot(results: Sequence[Result], path: Path) -> None:
     """A panel for each axis: milliseconds (of a network, where they are many)."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -182,11 +191,13 @@ def plot(results: Sequence[Result], path: Path) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     shown_axes = [axis for axis in AXES if any(result.notes["axis"] == axis for result in results)]
-    rows = -(-len(shown_axes) // 3)
+    places = panels(len(shown_axes))
+    rows = places[-1][0] + 1
     figure = Figure(figsize=(11, 3.2 * rows), dpi=110)
     FigureCanvasAgg(figure)
-    for place, axis in enumerate(shown_axes, 1):
-        ax = figure.add_subplot(rows, 3, place)
+    grid = figure.add_gridspec(rows, 6)
+    for place, axis in zip(places, shown_axes, strict=True):
+        ax = figure.add_subplot(grid[place])
         chosen = [result for result in results if result.notes["axis"] == axis]
         lines: dict[tuple[str, str], list[tuple[float, float]]] = {}
         for result in chosen:
@@ -226,7 +237,13 @@ def main() -> None:
     parser.add_argument("--only", choices=tuple(MEASURES), help="one axis")
     parser.add_argument("--without", choices=tuple(MEASURES), action="append", default=[], help="leave an axis out")
     parser.add_argument("--out", type=Path, default=Path("bench-output"), help="folder for JSON and plot")
+    parser.add_argument("--redraw", type=Path, metavar="JSON", help="measure nothing: the plot beside these results")
     options = parser.parse_args()
+    if options.redraw is not None:
+        entries = json.loads(options.redraw.read_text())["results"]
+        fields = [{key: value for key, value in entry.items() if key != "summary"} for entry in entries]
+        plot([Result(**entry) for entry in fields], options.redraw.with_suffix(".png"))
+        return
     bandwidth = copy_bandwidth()
     results: list[Result] = []
     for axis in [options.only] if options.only else [axis for axis in MEASURES if axis not in options.without]:

@@ -108,14 +108,20 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def caption(*suites: Suite) -> str:
-    """Machines, settings and dates of what a table shows."""
-    told = []
+    """Machines, settings and dates of what a table shows; a machine is named once."""
+    runs: dict[str, dict[str, set[str]]] = {}  # machine -> pages -> dates
     for one in suites:
         a = one.about
+        threads = f"{a['threads']} thread{'s' if a['threads'] > 1 else ''}"
+        machine = f"{one.machine}: {a['cpu']}, {a['cpu_capability']}, {threads}, torch {a['torch']}"
         pages = "large pages" if a["huge_pages"] else "no large pages"
-        text = f"{one.machine}: {a['cpu']}, {a['cpu_capability']}, {a['threads']} thread"
-        told.append(f"{text}{'s' if a['threads'] > 1 else ''}, torch {a['torch']}, {pages}, {a['date'][:10]}")
-    return "\n\n" + "; ".join(dict.fromkeys(told)) + "."
+        runs.setdefault(machine, {}).setdefault(pages, set()).add(a["date"][:10])
+    told = []
+    for machine, settings in runs.items():
+        made = [(pages, " and ".join(sorted(dates))) for pages, dates in settings.items()]
+        one_setting = len(made) == 1
+        told.append(", ".join([machine, *(f"{p}, {d}" if one_setting else f"{p} ({d})" for p, d in made)]))
+    return "\n\n" + "; ".join(told) + "."
 
 
 # What the pages show.

@@ -258,6 +258,14 @@ def test_roofline_shows_what_states_its_bytes(tmp_path: Path) -> None:
 
 
 @needs_binary
+@pytest.mark.parametrize("count", range(1, 8))
+def test_panels_of_scaling_leave_no_room_empty(count: int) -> None:
+    filled: dict[int, list[int]] = {}
+    for row, columns in scaling.panels(count):
+        filled.setdefault(row, []).extend(range(6)[columns])
+    assert list(filled.values()) == [list(range(6))] * -(-count // 3)
+
+
 def test_scaling_measures_and_draws(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     results = [scaling.one_round("depth", at, SMALL, 10.0, 0.5, published=True) for at in (2, 4)]

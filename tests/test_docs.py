@@ -186,6 +186,22 @@ def test_a_figure_that_drifts_is_told_and_mended(copy: Path, capsys: pytest.Capt
     assert "115 ms" in (copy / "README.md").read_text() + (copy / "docs" / "benchmarks.md").read_text()
 
 
+def test_a_machine_is_named_once() -> None:
+    about = {
+        "benchmark": "kernel",
+        "machine": "one",
+        "cpu": "C",
+        "cpu_capability": "AVX2",
+        "threads": 1,
+        "torch": "2.13",
+    }
+    runs = [(True, "2026-01-02T00"), (True, "2026-01-01T00"), (False, "2026-01-01T00")]
+    suites = [readme_tables.Suite({**about, "huge_pages": pages, "date": date, "results": []}) for pages, date in runs]
+    machine = "\n\none: C, AVX2, 1 thread, torch 2.13, "
+    assert readme_tables.caption(*suites[:2]) == machine + "large pages, 2026-01-01 and 2026-01-02."
+    assert readme_tables.caption(*suites[1:]) == machine + "large pages (2026-01-01), no large pages (2026-01-01)."
+
+
 def test_a_mark_that_names_no_table_is_refused(copy: Path) -> None:
     (copy / "README.md").write_text("<!-- nothing -->\n<!-- /nothing -->\n")
     with pytest.raises(KeyError, match=r"README.md: <!-- nothing -->: wanted one of scoring"):
