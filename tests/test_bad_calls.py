@@ -29,6 +29,21 @@ def lazy() -> nn.Sequential:
     return nn.Sequential(nn.LazyLinear(16), nn.ReLU(), nn.LazyLinear(5))
 
 
+def typed(dtype: torch.dtype) -> nn.Sequential:
+    model = mlp()
+    model[0].weight = nn.Parameter(model[0].weight.detach().to(dtype), requires_grad=False)
+    return model
+
+
+class _WithLoss(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(20, 8)
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(self.layer(x), labels)
+
+
 def pruned(model: nn.Module, density: float = 0.3) -> pp.Masks:
     return pp.prune(model, pp.Magnitude(), density=density)
 
@@ -75,6 +90,39 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     ),
     "a class": (lambda: pp.layer_network(nn.Linear), TypeError, "layer_network: model: .*, got the class Linear"),
     "lazy weights": (lambda: prune(lazy()), ValueError, r"wanted weights with a shape \(run a batch first\).*0.weight"),
+    "lazy weights, no paths": (
+        lambda: pp.prune(lazy(), pp.Magnitude(), density=0.3),
+        ValueError,
+        r"layer_network: model: wanted weights with a shape \(run a batch first\), got lazy ones: 0.weight",
+    ),
+    **{
+        f"weights of {kind}": (
+            lambda kind=kind: pp.prune(typed(getattr(torch, kind)), pp.Magnitude(), density=0.3),
+            ValueError,
+            f"prune: weight '0.weight': wanted float32, float64, bfloat16 or float16, got {kind}",
+        )
+        for kind in ("int8", "float8_e4m3fn", "complex64")
+    },
+    "no batch axis": (
+        lambda: prune(x=torch.ones(20)),
+        pp.UnsupportedModelError,
+        r"shape\(s\) \[\(1,\)\], a sample of \[\(20,\)\] along the first axis: RuntimeError",
+    ),
+    "an example with labels": (
+        lambda: prune(_WithLoss(), (X, torch.tensor([1]))),
+        pp.UnsupportedModelError,
+        "cross_entropy_loss .*no rule for this operator; paths end at the model's outputs: .* without labels",
+    ),
+    "density by name": (
+        lambda: pp.prune(MODEL, pp.Magnitude(), density={"0.weight": 0.5}),
+        TypeError,
+        "prune: density: wanted a number .*; densities by name are an allocation, with scope='layer'",
+    ),
+    "more densities than rounds": (
+        lambda: pp.prune(MODEL, pp.SNIP([BATCH]), density=[0.5, 0.2], example_input=X),
+        ValueError,
+        "rounds: wanted at least 2, one for each density, got 1: give the method rounds=2",
+    ),
     "inference weights": (lambda: prune(INFERENCE), ValueError, "wanted ordinary tensors .*inference_mode: 0.weight"),
     "a sparse input": (
         lambda: prune(x=X.to_sparse()),

@@ -66,6 +66,13 @@ def test_a_density_of_another_library_is_a_number() -> None:
     assert prune(density=[torch.tensor(0.5)])[0] == masks
 
 
+@pytest.mark.parametrize("pruner", [pp.Magnitude(), pp.Random(), pp.Inverted(pp.Magnitude())])
+def test_what_scores_alike_in_every_round_goes_to_several_densities_at_once(pruner: pp.Pruner) -> None:
+    densities = [0.5, 0.25, 0.1]
+    assert prune(pruner, density=densities) == [prune(pruner, density=density) for density in densities]
+    assert prune(pruner, density=tuple(densities), scope="layer")[-1] == prune(pruner, density=0.1, scope="layer")
+
+
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"No such folder: '.*missing'"):
         MASKS.save(tmp_path / "missing" / "masks.safetensors")

@@ -253,6 +253,9 @@ def test_bad_arguments():
     for pruner in (*(method(DATA) for method in ALL), pp.NTKSAP()):
         with pytest.raises(ValueError, match=f"{pruner.name}: model: wanted a module, .*built by hand"):
             pp.prune(built, pruner, density=0.5)
+    for pruner in (pp.SNIP(DATA), pp.NTKSAP()):
+        with pytest.raises(ValueError, match=f"{pruner.name}: model: .*got nn.DataParallel: prune .module"):
+            pp.prune(nn.DataParallel(net()), pruner, density=0.5, example_input=X)
     with pytest.raises(ValueError, match=r"wanted logits \[n, classes, ...\] for cross entropy, got shape \(3,\)"):
         pp.scores(nn.Sequential(nn.Linear(2, 1), nn.Flatten(0)), pp.SNIP([(torch.ones(3, 2), torch.ones(3))]),
                   example_input=torch.ones(1, 2))  # fmt: skip

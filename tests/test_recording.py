@@ -452,3 +452,39 @@ def test_kernels_are_refused_where_gates_are_smooth() -> None:
                 kernel(model, x if kernel is pp.ntk else [x])
     with pytest.raises(ValueError, match=r"ntk_trace_bound: model: wanted norms that do not centre, got .*layer_norm"):
         pp.ntk_trace_bound(Between(nn.LayerNorm(6)), [x], hold_gates=True)
+
+
+class _Scaled(nn.Module):
+    """A layer whose output a mask, if there is one, a number and a switch change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(5, 4)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, *, scale: float = 1.0, doubled: bool = False) -> Tensor:
+        out = self.layer(x).relu() * scale
+        out = out if mask is None else out * mask
+        return 2 * out if doubled else out
+
+
+def test_inputs_that_are_no_tensors_are_those_of_the_example() -> None:
+    x = torch.randn(3, 5)
+    first, model = x[:1], _Scaled()
+    plain = pp.prune(model, pp.PX([x], rounds=2), density=0.5, example_input=first)
+    for example, data in (
+        ((first, None), (x, None)),
+        ({"x": first, "mask": None, "scale": 2.0}, {"x": x, "mask": None, "scale": 2.0}),
+        ({"x": first, "doubled": True}, {"x": x, "doubled": True, "labels": None}),
+    ):
+        batch = (data, None) if isinstance(data, tuple) else data
+        assert pp.prune(model, pp.PX([batch], rounds=2), density=0.5, example_input=example) == plain
+    example = {"x": first, "mask": None, "scale": 2.0}
+    for data, says in (
+        ({"x": x, "mask": torch.ones(3, 4), "scale": 2.0}, "wanted None where example_input has it, got a Tensor"),
+        ({"x": x, "mask": None, "scale": 3.0}, "wanted 2.0 where example_input has it, got 3.0"),
+        ({"x": None, "mask": None, "scale": 2.0}, "wanted at least one sample in batch 0, got none"),
+        ({"x": x}, r"wanted the arguments \['mask', 'scale', 'x'\], as example_input has them, got \['x'\]"),
+    ):
+        with pytest.raises(ValueError, match=f"PX: data: {says}"):
+            pp.prune(model, pp.PX([data], rounds=1), density=0.5, example_input=example)

@@ -105,6 +105,28 @@ def test_regrowth_is_the_whole_difference_of_iterative_snip_and_force():
     assert pp.Sketch(force).regrows and not pp.Sketch(snip).regrows
 
 
+class _Branching(nn.Module):
+    """Looks at a value, which a map over samples has none of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x):
+        out = self.layer(x)
+        return out if not torch.compiler.is_exporting() and out.sum().item() > 9e9 else -out
+
+
+def test_fisher_says_how_to_run_what_cannot_be_mapped_over_samples():
+    model, x = _Branching(), torch.randn(5, 4)
+    data = [(x, torch.arange(5) % 3)]
+    with pytest.raises(
+        ValueError, match=r"^Fisher: chunk: wanted 1 for a model that torch.func.vmap cannot run \(vmap"
+    ):
+        pp.prune(model, pp.Fisher(data), density=0.5, example_input=x)
+    assert pp.prune(model, pp.Fisher(data, chunk=1), density=0.5, example_input=x).kept == 6
+
+
 @pytest.mark.parametrize("chunk", [None, 1, 4])
 def test_fisher_is_the_literal_loop_over_samples(chunk):
     model = net()

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from .distributed import whole
 from .stores import held, is_offloaded
+from .structure import require_shapes
 
 PIECE = 1 << 20  # weights handled at once: a multiple of 8, and small enough for no temporary to matter
 FORMAT = "pathprune.masks"
@@ -408,9 +409,7 @@ def compare(model: nn.Module, shapes: Mapping[str, Sequence[int]], recorded: str
             differ or a weight is on the meta device.
     """
     present = dict(model.named_parameters(remove_duplicate=False))
-    lazy = [name for name in shapes if name in present and nn.parameter.is_lazy(present[name])]
-    if lazy:
-        raise ValueError(f"masks: model: wanted weights with a shape (run a batch first), got lazy ones: {lazy[0]}")
+    require_shapes({name: present[name] for name in shapes if name in present}, "masks")
     absent = [name for name in shapes if name not in present]
     other = [
         (name, tuple(shape), tuple(present[name].shape))

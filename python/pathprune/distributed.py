@@ -21,6 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .checks import WEIGHT_DTYPES
+
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
@@ -324,7 +326,10 @@ def reshard(model: nn.Module) -> None:
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
-    """Raises ValueError for NaN or infinite weights; of a DTensor, those on this rank."""
+    """Raises ValueError for weights that are NaN, infinite, or of no type that is scored; of a DTensor, this rank's."""
+    if tensor.dtype not in WEIGHT_DTYPES:
+        got = str(tensor.dtype).removeprefix("torch.")
+        raise ValueError(f"prune: weight '{name}': wanted float32, float64, bfloat16 or float16, got {got}")
     if tensor.numel() == 0:
         raise ValueError(f"prune: weight '{name}': wanted at least one element, got shape {tuple(tensor.shape)}")
     here = local(tensor)

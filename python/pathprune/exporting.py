@@ -114,14 +114,18 @@ def export(model: nn.Module, example_input: Any, *, every_choice: bool = True) -
             return _by_values(torch.export.export(model, args, kwargs, strict=False))
     except Exception as error:  # torch.export raises many types, user code any
         summary = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else "without a message"
-        shapes = [tuple(a.shape) for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
+        shapes, given = (
+            [tuple(a.shape) for a in tree_leaves(tree) if isinstance(a, Tensor)]
+            for tree in ((args, kwargs), example_input)
+        )
+        sample = "" if shapes == given else f", a sample of {given} along the first axis"
         hint = "The forward must accept example_input and must not branch on values of tensors (torch.export)"
         if "need to register a pytree" in summary:
             summary = summary.split(". If this type")[0]
             hint = "torch.export.register_dataclass makes a dataclass of tensors known"
         raise UnsupportedModelError(
-            f"PathNetwork: {type(model).__name__} could not be exported with an example_input of shape(s) {shapes}: "
-            f"{type(error).__name__}: {summary}. {hint}"
+            f"PathNetwork: {type(model).__name__} could not be exported with an example_input of shape(s) "
+            f"{shapes}{sample}: {type(error).__name__}: {summary}. {hint}"
         ) from error
 
 

@@ -35,7 +35,7 @@ class Forward:
 
     @property
     def example(self) -> list[Any]:
-        """The model inputs it was exported with, as tensors without values."""
+        """The model inputs it was exported with: tensors without values, and what else was given (None, numbers)."""
         entering = [node for node in self.graph.graph.nodes if node.op == "placeholder"]
         return [node.meta["val"] for node, feed in zip(entering, self.feeds, strict=True) if feed is None]
 

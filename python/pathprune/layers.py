@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 
 from .exporting import canonical_names
 from .network import PathNetwork
-from .structure import rebuilt, require_module
+from .structure import rebuilt, require_module, require_shapes
 
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
@@ -43,6 +43,7 @@ def layer_network(model: nn.Module, tensors: Mapping[str, Tensor] | None = None)
         >>> masks = pp.prune(pp.layer_network(model), pp.Magnitude(), density=0.5)
     """
     require_module(model, "layer_network")
+    require_shapes(dict(model.named_parameters()), "layer_network")
     network = PathNetwork()
     network.model, network.connected = model, False
     outputs = []

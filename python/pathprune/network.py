@@ -18,7 +18,7 @@ from .exporting import ONE_AT_A_TIME, UnsupportedModelError, canonical_names, ex
 from .graph_values import ByRows, Choice, Forward, Place, Routed
 from .nodes import Constant, Gate, Input, Node, Scale, Shift, Sum, Synapse, Wire
 from .stores import held
-from .structure import rebuilt, require_module, without_values
+from .structure import rebuilt, require_module, require_shapes, without_values
 from .surroundings import undisturbed
 from .tracer import Tracer, rule_of
 
@@ -334,7 +334,7 @@ class PathNetwork:
 
     @property
     def example(self) -> list[Any]:
-        """The model inputs it was read with, as tensors without values; none where it was made by hand."""
+        """The model inputs it was read with (see ``Forward``); none where it was made by hand."""
         return [] if self.forward is None else self.forward.example
 
     def __repr__(self) -> str:
@@ -428,11 +428,7 @@ def _check_tensors(model: nn.Module) -> None:
     if not tensors:
         raise ValueError(f"PathNetwork: model: wanted parameters, got {type(model).__name__} with none")
     tensors |= dict(model.named_buffers())
-    empty = [name for name, tensor in tensors.items() if nn.parameter.is_lazy(tensor)]
-    if empty:
-        raise ValueError(
-            f"PathNetwork: model: wanted weights with a shape (run a batch first), got lazy ones: {empty[0]}"
-        )
+    require_shapes(tensors, "PathNetwork")
     frozen = [name for name, tensor in tensors.items() if tensor.is_inference()]
     if frozen:
         raise ValueError(

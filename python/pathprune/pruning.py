@@ -238,7 +238,8 @@ def _numbers(name: str, given: Any) -> float | list[float] | None:
             raise TypeError
         return [float(value) for value in given] if several else float(given)
     except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"prune: {name}: wanted a number or a list of numbers, got {given!r}") from None
+        hint = "; densities by name are an allocation, with scope='layer'" if isinstance(given, Mapping) else ""
+        raise TypeError(f"prune: {name}: wanted a number or a list of numbers, got {given!r}{hint}") from None
 
 
 def asked_for(density: Any, sparsity: Any, scope: str) -> tuple[Scope, list[float]]:

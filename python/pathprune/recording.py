@@ -134,11 +134,18 @@ def record(network: PathNetwork, batch: Batch, weights: Mapping[str, Tensor], wh
         if isinstance(node, Norm) and node.recorded is None:
             raise ValueError(f"{who}: model: wanted norms of each sample by itself, got {node.where} of a batch")
     tensors = {**network.tensors, **network._source, **weights}
+    if batch.kwargs and not set(forward.keywords) <= set(batch.kwargs):
+        wanted, got = sorted(forward.keywords), sorted(batch.kwargs)
+        raise ValueError(f"{who}: data: wanted the arguments {wanted}, as example_input has them, got {got}")
     given = tree_leaves((batch.args, [batch.kwargs[key] for key in forward.keywords] if batch.kwargs else []))
-    wanted = sum(feed is None for feed in forward.feeds)
-    if len(given) != wanted:
-        raise ValueError(f"{who}: data: wanted {wanted} model inputs, got {len(given)}")
+    if len(given) != len(forward.example):
+        raise ValueError(f"{who}: data: wanted {len(forward.example)} model inputs, got {len(given)}")
     for x, like in zip(given, forward.example, strict=True):
+        if not (isinstance(x, Tensor) and isinstance(like, Tensor)):
+            if type(x) is not type(like) or x != like:
+                got = [f"a {type(a).__name__}" if isinstance(a, Tensor) else repr(a) for a in (like, x)]
+                raise ValueError(f"{who}: data: wanted {got[0]} where example_input has it, got {got[1]}")
+            continue
         if x.shape[1:] != like.shape[1:]:
             raise ValueError(f"{who}: data: wanted samples of shape {tuple(like.shape[1:])}, got {tuple(x.shape[1:])}")
         if x.is_floating_point() != like.is_floating_point():
@@ -147,7 +154,8 @@ def record(network: PathNetwork, batch: Batch, weights: Mapping[str, Tensor], wh
     routing = Routing(network, tensors, who) if network.routers else None
 
     def one(*sample: Tensor) -> tuple[list[Tensor], list[Tensor], dict[int, Any], dict[int, Tensor]]:
-        inputs = iter(x.unsqueeze(0) for x in sample)
+        entering = iter(x.unsqueeze(0) for x in sample)
+        inputs = iter([next(entering) if isinstance(x, Tensor) else x for x in given])
         fed = [next(inputs) if f is None else tensors[f] if isinstance(f, str) else f for f in forward.feeds]
         run = _Run(forward.graph, network, through, tensors, routing)
         outputs = tree_leaves(run.run(*fed))
@@ -155,9 +163,10 @@ def record(network: PathNetwork, batch: Batch, weights: Mapping[str, Tensor], wh
         return begins, [outputs[k] for k in forward.outputs], run.kept, run.moved
 
     dtype = _dtype(network)
-    given = [x.to(network.device, dtype) if x.is_floating_point() else x.to(network.device) for x in given]
+    samples = [x for x in given if isinstance(x, Tensor)]
+    samples = [x.to(network.device, dtype if x.is_floating_point() else x.dtype) for x in samples]
     with torch.no_grad():
-        begins, outputs, gates, moved = torch.vmap(one)(*given)
+        begins, outputs, gates, moved = torch.vmap(one)(*samples)
     for k, differs in moved.items():
         if bool(differs.any()):
             where = network.nodes[k].where

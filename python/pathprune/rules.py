@@ -46,6 +46,14 @@ class RuleError(ValueError):
         self.node, self.remedy = node, remedy
 
 
+def remedy_of(operator: fx.Node, name: str) -> str:
+    """What a user can do about an operator without a rule; empty: write one."""
+    if getattr(operator.target, "namespace", "") == "pathprune":
+        return "pathprune.densify first"
+    is_loss = "loss" in name or "cross_entropy" in name
+    return "paths end at the model's outputs: give an example_input without labels" if is_loss else ""
+
+
 class Marker:
     """A value that depends on the model's input and is no flow itself, but leads to one: a norm's size, say.
 

@@ -36,7 +36,10 @@ def rounds_of(schedule: str, densities: Sequence[float], rounds: int) -> list[tu
     if schedule == "one-shot":
         rounds = len(densities)
     if rounds < len(densities):
-        raise ValueError(f"rounds: wanted at least {len(densities)} (one per density), got {rounds}")
+        count = len(densities)
+        raise ValueError(
+            f"rounds: wanted at least {count}, one for each density, got {rounds}: give the method rounds={count}"
+        )
     stops = _stops(schedule, densities, rounds)
     plan: list[tuple[float, int | None]] = []
     before, start = 1.0, 0

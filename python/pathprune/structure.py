@@ -24,6 +24,13 @@ def require_module(model: object, who: str) -> None:
         raise TypeError(f"{who}: model: wanted a torch.nn.Module, got {got}")
 
 
+def require_shapes(tensors: Mapping[str, Tensor], who: str) -> None:
+    """Raises ValueError where a lazy module has not made its weights yet."""
+    lazy = [name for name, tensor in tensors.items() if nn.parameter.is_lazy(tensor)]
+    if lazy:
+        raise ValueError(f"{who}: model: wanted weights with a shape (run a batch first), got lazy ones: {lazy[0]}")
+
+
 def rebuilt(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     """The model's structure around ``tensors``.
 

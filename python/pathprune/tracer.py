@@ -27,7 +27,7 @@ from .graph_values import (
     zeros_like_value,
 )
 from .nodes import Expression, Gate, Input, Node, Norm, Pool, Product, Scale, Softmax, Tensors, WireMap
-from .rules import IDENTITIES, PRODUCTS, RULES, Marker, RuleError
+from .rules import IDENTITIES, PRODUCTS, RULES, Marker, RuleError, remedy_of
 
 if TYPE_CHECKING:
     from .network import PathNetwork
@@ -178,8 +178,7 @@ class Tracer:
             if not (reads_flow or name == "embedding") or (schema is not None and not schema.returns):
                 return  # a constant, evaluated when a rule asks for it; or an assertion
             if schema is None or name not in RULES:
-                is_sparse = getattr(node.target, "namespace", "") == "pathprune"
-                raise RuleError("no rule for this operator", remedy="pathprune.densify first" if is_sparse else "")
+                raise RuleError("no rule for this operator", remedy=remedy_of(node, name))
             bound = arguments_of(node)
             markers = (self.marker(argument) for argument in node.all_input_nodes)
             marker = next((found for found in markers if found is not None), None)

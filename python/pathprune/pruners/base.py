@@ -136,6 +136,9 @@ class Wrapper(Pruner):
         require_scores(self.base, f"{self.name}: base")
         object.__setattr__(self, "rounds", self.base.rounds)
 
+    def rounds_for(self, densities: Sequence[float]) -> int:
+        return self.base.rounds_for(densities)
+
     @property
     def merged_under(self) -> Policy | None:
         return self.base.merged_under

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,16 +16,30 @@ from .base import Pruner, Scorer
 
 
 @dataclass(frozen=True)
-class Magnitude(Pruner):
-    """Keeps the largest ``|w|``. Rounds change nothing."""
+class _Static(Pruner):
+    """A method whose scores are the same in every round: rounds change nothing, and every density has its own."""
 
     @property
     def needs_paths(self) -> bool:
         return False
 
+    def rounds_for(self, densities: Sequence[float]) -> int:
+        return max(self.rounds, len(densities))
+
     @property
     def scores_shards(self) -> bool:
         return True
+
+
+@dataclass(frozen=True)
+class Magnitude(_Static):
+    """Keeps the largest ``|w|``.
+
+    Determinism: the same weights give the same masks; of equal ones those stay that come first.
+
+    Example:
+        >>> masks = pp.prune(model, pp.Magnitude(), sparsity=0.9)
+    """
 
     @property
     def resumes(self) -> bool:
@@ -45,16 +59,14 @@ class Magnitude(Pruner):
 
 
 @dataclass(frozen=True)
-class Random(Pruner):
-    """Keeps weights at random, each set of the right size equally likely. The same seed gives the same masks."""
+class Random(_Static):
+    """Keeps weights at random, each set of the right size equally likely.
 
-    @property
-    def needs_paths(self) -> bool:
-        return False
+    Determinism: ``prune``'s seed and the shapes of the weights give the masks, on any device.
 
-    @property
-    def scores_shards(self) -> bool:
-        return True
+    Example:
+        >>> masks = pp.prune(model, pp.Random(), sparsity=0.9, seed=1)
+    """
 
     def scorer(self, network: PathNetwork, weights: Mapping[str, Weight], seed: int) -> Scorer:
         def score(guess: Bracket | None) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .. import ops
@@ -94,7 +94,7 @@ class ModelCall:
         seed: of what the model and the data loader draw; every pass draws the same.
 
     Raises:
-        ValueError: the network was built by hand: there is no model to run.
+        ValueError: the network was built by hand, and there is no model to run; or it runs on several GPUs.
     """
 
     def __init__(
@@ -102,6 +102,10 @@ class ModelCall:
     ) -> None:
         if network.model is None:
             raise ValueError(f"{who}: model: wanted a module, or a PathNetwork read from one; this was built by hand")
+        if any(isinstance(module, nn.DataParallel) for module in network.model.modules()):
+            raise ValueError(
+                f"{who}: model: wanted one that can run on other tensors, got nn.DataParallel: prune .module"
+            )
         self.who, self.model, self.network, self.weights = who, network.model, network, weights
         self.train_mode, self.seed = train_mode, seed
         self._names = canonical_names(self.model)  # tied parameters are given under each of their names

@@ -187,7 +187,15 @@ def _gradients_of_each(objective: Objective, point: Point, batch: Batch, indices
     def loss(values: Point, index: Tensor) -> Tensor:
         return objective.raw_loss({**fixed, **values}, _samples(batch, index.reshape(1)), position)
 
-    made = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0), randomness="different")(scored, indices)
+    try:
+        made = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0), randomness="different")(scored, indices)
+    except (ValueError, RuntimeError) as error:  # not for the batch: its loss has been looked at
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        why = str(error.__cause__ or error).strip().splitlines()[0]
+        raise ValueError(
+            f"{objective.who}: chunk: wanted 1 for a model that torch.func.vmap cannot run ({why})"
+        ) from error
     return {name: gradients.to(score_dtype(gradients)) for name, gradients in made.items()}
 
 
