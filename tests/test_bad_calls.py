@@ -6,6 +6,7 @@ import copy
 import os
 import pickle
 import stat
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -265,12 +266,25 @@ def test_inputs_may_be_trees_of_tensors() -> None:
         assert torch.equal(found["layer.weight"], wanted["weight"])
 
 
+class _Branching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(20, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        print("said by the model", file=sys.stderr)
+        return self.layer(x) if x.sum() > 0 else -x
+
+
 def test_a_failing_export_is_not_logged_as_well(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(
         pp.UnsupportedModelError, match=r"same reduction dim, but got \[1, 21\] X \[20, 16\]\. The forward"
     ):
         prune(x=torch.ones(1, 21))
     assert capfd.readouterr().err == ""
+    with pytest.raises(pp.UnsupportedModelError, match="must not branch on values of tensors"):
+        prune(_Branching())
+    assert capfd.readouterr().err == "said by the model\n"
 
 
 # ------------------------------------------------------------------------------------------ memory that is shared

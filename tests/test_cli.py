@@ -228,6 +228,11 @@ def test_mistakes_are_told_in_a_line(here: Path, changes: tuple[str, ...], says:
     assert not (here / "out").exists()
 
 
+def test_the_version_is_an_option() -> None:
+    result = run("--version")
+    assert (result.exit_code, result.stdout) == (0, f"pathprune {pp.__version__}\n")
+
+
 def test_wrong_usage_has_its_own_exit_code(here: Path) -> None:
     assert run("prune", "--density", "0.5").exit_code == 2
     assert run(*PRUNE, "--density", "0.5", "--method", "guess").exit_code == 2

@@ -34,6 +34,7 @@ from .score_table import FLAGS
 from .space_scores import SPACE_METHODS
 from .space_scores import score_space as score_cells
 from .tables import table
+from .version import __version__
 
 try:
     import typer
@@ -42,7 +43,6 @@ except ImportError as missing:
     raise SystemExit(1) from None
 
 app = typer.Typer(
-    help="Path-based pruning of neural networks.",
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -147,6 +147,21 @@ def _interrupted_until_noticed() -> Iterator[None]:
         if is_armed:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, alarm)
+
+
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"pathprune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def pathprune(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Path-based pruning of neural networks."""
 
 
 @app.command()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from typing import Any
+from contextlib import contextmanager, nullcontext, redirect_stderr
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor, fx, nn
@@ -80,15 +81,30 @@ def _require_same_device(model: nn.Module, given: Any) -> None:
             raise UnsupportedModelError(f"PathNetwork: example_input: wanted tensors on {wanted}, got {a.device}")
 
 
+class _WithoutGraphs:
+    """A stream without the graph that torch prints of a model that branches on values: thousands of lines."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream, self._dropped = stream, False
+
+    def write(self, text: str) -> int:
+        ends_graph, self._dropped = self._dropped and text == "\n", "def forward(self, arg0_1" in text
+        return len(text) if ends_graph or self._dropped else self._stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Without torch's log of what an exception is going to say, unless that log was asked for (``TORCH_LOGS``)."""
+    """Without what torch logs and prints of an exception to come, unless that was asked for (``TORCH_LOGS``)."""
     loggers = [logging.getLogger(name) for name in _TOLD_BY_ERRORS]
     silenced = [logger for logger in loggers if logger.level == logging.NOTSET and not logger.disabled]
     try:
         for logger in silenced:
             logger.disabled = True
-        yield
+        with redirect_stderr(_WithoutGraphs(sys.stderr)) if silenced and sys.stderr else nullcontext():
+            yield
     finally:
         for logger in silenced:
             logger.disabled = False

@@ -55,7 +55,10 @@ def layer_network(model: nn.Module, tensors: Mapping[str, Tensor] | None = None)
             raise ValueError(f"layer_network: {name}: wanted values, got a weight on the meta device")
         outputs.append(_add_layer(network, module, name, weight.detach()))
     if not outputs:
-        raise ValueError(f"layer_network: {type(model).__name__} has no linear or convolution weight to prune")
+        raise ValueError(
+            f"layer_network: {type(model).__name__} has no linear or convolution weight to prune; "
+            "with example_input, prune finds those that are used otherwise"
+        )
     return network.set_outputs(*outputs)
 
 

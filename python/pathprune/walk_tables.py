@@ -18,8 +18,6 @@ from .distributed import ALONE, Gathered, Group
 from .walk_graph import Edge, Site, WalkGraph
 from .walk_reference import fixed_rows, powered
 
-BRANCHES = ("uniform", "mass", "flow")
-
 
 @dataclass(frozen=True)
 class Table:
@@ -303,7 +301,7 @@ class Chances:
 
     # ------------------------------------------------------------------------------------- visit probabilities
 
-    def visits(self, ahead: bool, starts: Tensor | None = None) -> dict[int, Tensor]:
+    def visits(self, ahead: bool) -> dict[int, Tensor]:
         """node -> P(a walk takes weight w of its synapse), float64 [G, R, C, E]. Exact: the expectation of the walk."""
         graph = self.graph
         arrived = {k: torch.zeros(self._entering(k, ahead), dtype=torch.float64) for k in graph.order}
