@@ -137,10 +137,16 @@ def class_balanced(data: Data, per_class: int, classes: int, batch: int = 128) -
     """The first ``per_class`` samples of each class, in the order they come, as a list of batches.
 
     Args:
-        data: batches ``(x, y)`` with y int64 [n] in [0, classes).
+        data: batches ``(x, y)``, x a tensor, y int64 [n] in [0, classes); read no further than it takes.
+        per_class: samples of each class.
+        classes: how many there are.
+        batch: samples in each batch of the result, the last apart.
 
     Raises:
         ValueError: labels out of range, or a class with too few samples; names it.
+
+    Example:
+        >>> masks = pp.prune(model, pp.SNIP(pp.class_balanced(loader, 10, 100)), density=0.05, example_input=x)
     """
     taken = [0] * classes
     samples: list[Tensor] = []

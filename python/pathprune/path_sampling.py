@@ -90,6 +90,8 @@ def sample_paths(
     """Draws ``n`` paths with probability ``|v|^power / R``, alternately ahead and back. The same seed, the same paths.
 
     Args:
+        network: read from a module, or made by hand.
+        n: how many, at least 1; a path may be drawn more than once.
         power: 1 or 2.
         source: the flow at the inputs (as it is, not raised to the power); None: ones.
         policy: biases must be dropped and max-pools summed: every path begins at an input.

@@ -102,7 +102,19 @@ def keep_masks(
     exponents: Sequence[int] | None = None,
     masks: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
-    """Bool tensors of what a threshold of :func:`select_threshold` keeps; arguments as there."""
+    """Bool tensors of what a threshold keeps, shaped like the scores and on their device.
+
+    Args:
+        threshold: from :func:`select_threshold`.
+        scores, exponents, masks: as they were given there, in the same order.
+
+    Raises:
+        TypeError: no threshold, or scores that are no list of tensors.
+        ValueError: other arguments that do not fit; a score that is on the meta device.
+
+    Example:
+        >>> keep = pp.keep_masks(pp.select_threshold(scores, 100), scores)
+    """
     if not isinstance(threshold, Threshold):
         raise TypeError(f"keep_masks: threshold: wanted a Threshold, got {type(threshold).__name__}")
     kept = []

@@ -83,10 +83,24 @@ def ntk_trace(
     """The trace of the neural tangent kernel, ``sum_n sum_k |d f_k(x_n) / d w|^2``.
 
     Args:
+        model, masks, hold_gates: as for :func:`ntk`.
         data: a re-iterable of batches ``x`` or ``(x, y)``.
         probes: None: exact, one backward flow for each sample and output; else an unbiased estimate from this many
             random signs over the outputs of each sample (Hutchinson).
-        hold_gates: see :func:`ntk`.
+        seed: of the signs.
+        example_input: what the model is read with; None: the first sample.
+
+    Returns:
+        A sum over all samples of the data, not their mean.
+
+    Raises:
+        TypeError: data that can be read only once.
+        ValueError: no data, probes below 1, what :func:`ntk` refuses.
+
+    Determinism: the same data and seed give the same number, up to the rounding of torch's products.
+
+    Example:
+        >>> ntk_trace(model, loader, masks, probes=8)
     """
     require_reiterable(data, "ntk_trace")
     if probes is not None and probes < 1:
@@ -111,6 +125,7 @@ def path_activations(
     """The data factor ``J_f J_f^T``: how many open paths samples share, weighted by their inputs.
 
     Args:
+        model, masks: as for :func:`ntk`.
         x: [n, *sample].
         full: all pairs of samples (n (n + 1) / 2 flows) instead of the diagonal.
 
@@ -118,6 +133,12 @@ def path_activations(
         log2 of the diagonal ``sum_p x_p^2 a_p(x)``, float64 [n, outputs]; or, full, ``sum_p x_p x'_p a_p a'_p``,
         float64 [n, n, outputs] (paths to different outputs have none in common). Biases begin no path; where norms
         centre, that is dropped.
+
+    Raises:
+        ValueError: what has no gate, other inputs than the model takes, a hand-made network.
+
+    Example:
+        >>> path_activations(model, x).exp2()  # [n, outputs]
     """
     network = as_network(model, x[:1])
     recording = _recorded(network, Batch((x,), {}, None), masks, "path_activations")
@@ -138,9 +159,12 @@ def ntk_trace_bound(
 ) -> float:
     """log2 of ``sum_n sum_k g_k(x_n^2; a) sum_i d h_k / d u_i``, which the trace of the NTK never exceeds.
 
-    The data factor's diagonal times the path kernel's trace, output by output. Of networks whose biases are zero.
+    The data factor's diagonal times the path kernel's trace, output by output (the bound that PX descends, Iurada et
+    al. 2024). Of networks whose biases are zero.
 
     Args:
+        model, masks: as for :func:`ntk`.
+        data: a re-iterable of batches ``x`` or ``(x, y)``.
         hold_gates: see :func:`ntk`; of the kernel with gates held it is a bound.
 
     Raises:

@@ -55,6 +55,9 @@ class NTKSAP(Pruner):
 
     Raises:
         ValueError: no model (a network built by hand), an output that is no tensor, options out of range.
+
+    Example:
+        >>> masks = pp.prune(model, pp.NTKSAP(batch_size=64), density=0.05, example_input=x)
     """
 
     data: Data | None = field(default=None, repr=False, compare=False)

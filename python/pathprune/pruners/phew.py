@@ -51,6 +51,9 @@ class PHEW(Pruner):
         max_walks: give up after so many; None: 64 times the expected number, 4,096 at least.
 
     Determinism: the same seed gives the same mask on any device, for any number of threads.
+
+    Example:
+        >>> masks = pp.prune(model, pp.PHEW(), density=0.018, example_input=x, seed=0)
     """
 
     power: int = 1

@@ -102,7 +102,12 @@ class Fisher(DataPruner):
             many as fit 2^25 numbers. 1: one by one with plain autograd, which runs models vmap cannot.
 
     Raises:
-        ValueError: ``train_mode``: a sample alone has no batch statistics; chunk < 1.
+        ValueError: ``train_mode``: a sample alone has no batch statistics; chunk < 1; a model that vmap cannot run.
+
+    Determinism: the same data and weights give the same masks; sums follow the order of the samples.
+
+    Example:
+        >>> masks = pp.prune(model, pp.Fisher(loader), density=0.05, example_input=x)
     """
 
     chunk: int | None = field(default=None, kw_only=True)
@@ -139,6 +144,14 @@ class Hutchinson(DataPruner):
     Args:
         probes: vectors a batch, each an extra backward pass. Every batch has its own, from ``prune``'s seed.
         data, loss, train_mode: see :class:`DataPruner`.
+
+    Raises:
+        ValueError: probes < 1; what :class:`SNIP` refuses.
+
+    Determinism: the same data, weights and seed give the same masks.
+
+    Example:
+        >>> masks = pp.prune(model, pp.Hutchinson(loader, probes=16), density=0.05, example_input=x)
     """
 
     probes: int = field(default=8, kw_only=True)

@@ -40,9 +40,16 @@ _L2_MAPS = {
 class SynFlow(PathPruner):
     """Iterative synaptic flow: keeps the weights that carry most path value ``|v_p|``. No data.
 
+    The score is ``|w| dR/d|w|`` with ``R = 1' |W_L| ... |W_1| 1`` (Tanaka et al. 2020).
+
     Args:
         rounds: scores are made again under the new mask this many times (100 in the paper; 1 collapses layers).
         policy: ``published`` or ``paths`` (see ``Policy``), or a ``Policy``.
+
+    Determinism: no chance; the same masks on any number of threads.
+
+    Example:
+        >>> masks = pp.prune(model, pp.SynFlow(rounds=100), density=0.05, example_input=x)
     """
 
 
@@ -52,6 +59,7 @@ class SynFlowL2(PathPruner):
 
     Args:
         variant: ``conservative`` (``u dR_2/du``), ``phew`` (``|w| dR_2/du``) or ``author`` (``w^2 dR_1/d|w|``).
+        rounds, policy: as for :class:`SynFlow`.
     """
 
     variant: str = field(default="conservative", kw_only=True)
@@ -96,6 +104,10 @@ class SynFlowDist(SynFlow):
     Args:
         mean: a tensor shaped like one input, values >= 0 (pixels in [0, 1], not standardised), or an iterable of
             batches that is averaged once.
+        rounds, policy: as for :class:`SynFlow`.
+
+    Example:
+        >>> masks = pp.prune(model, pp.SynFlowDist(loader), density=0.05, example_input=x)
     """
 
     mean: Tensor | Iterable = field(default=(), kw_only=False, compare=False)
@@ -115,6 +127,7 @@ class SynFlowL2Dist(SynFlowL2):
     Args:
         mean: as for :class:`SynFlowDist`.
         variant: as for :class:`SynFlowL2`; the second author's code is ``author``.
+        rounds, policy: as for :class:`SynFlow`.
     """
 
     mean: Tensor | Iterable = field(default=(), kw_only=False, compare=False)
@@ -135,6 +148,9 @@ class TraceSaliency(PathPruner):
     Tr = sum_i dR_2/du_i over live weights. R_2 is multi-affine in u, so deleting weight j loses exactly
     ``dR/du_j + u_j (H m)_j`` with H the Hessian of R_2 and m the 0/1 mask: one gradient and one Hessian-vector
     product (:mod:`pathprune.tangent`).
+
+    Args:
+        rounds, policy: as for :class:`SynFlow`; the default policy is ``paths``.
     """
 
     policy: str = field(default="paths", kw_only=True)
