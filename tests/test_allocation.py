@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from pathprune import Magnitude, SynFlow, Wanda, allocate, prune
+from pathprune import Magnitude, Masks, SynFlow, Wanda, allocate, prune
 from pathprune.allocation import block_of
 
 
@@ -121,3 +121,16 @@ def test_mistakes(model, data):
         allocate(model, 0.5, by="owl", data=data, outlier=0)
     with pytest.raises(ValueError, match="allocation: wanted a density for every layer, got none for"):
         prune(model, Magnitude(), density=0.5, scope="row", allocation={})
+
+
+def test_masks_say_what_was_asked_for(model, tmp_path):
+    densities = {name: torch.tensor(0.25) for name, p in model.named_parameters() if p.dim() == 2}
+    options = {"scope": "layer", "exclude": "head.*", "allocation": densities, "allow_regrowth": False}
+    masks = prune(model, Magnitude(), density=0.25, **options)
+    masks.save(tmp_path / "masks.safetensors")
+    config = Masks.load(tmp_path / "masks.safetensors").metadata["config"]
+    assert config["allocation"] == dict.fromkeys(densities, 0.25)
+    assert (config["exclude"], config["allow_regrowth"]) == (["head.*"], False)
+    plain = prune(model, Magnitude(), density=0.25, include=["*.0.weight"]).metadata["config"]
+    assert plain["include"] == ["*.0.weight"]
+    assert not {"allocation", "exclude", "allow_regrowth"} & set(plain)

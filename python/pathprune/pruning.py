@@ -152,7 +152,12 @@ def prune(
         rounds.append(done)
         if len(snapshots) > len(finished):
             finished.append(len(rounds))
-    asked = {"density": density, "sparsity": sparsity, "scope": scope, "schedule": schedule, "count": count}
+    asked: dict[str, Any] = {"density": density, "sparsity": sparsity, "scope": scope, "schedule": schedule}
+    asked |= {"count": count, "allow_regrowth": allow_regrowth}
+    asked |= {"include": _as_list(include), "exclude": _as_list(exclude)}
+    if allocation != "uniform":
+        by_name = {} if isinstance(allocation, str) else {name: float(share) for name, share in allocation.items()}
+        asked["allocation"] = by_name or allocation
     about = {
         "method": pruner.name,
         "config": {**pruner.config(), **{k: v for k, v in asked.items() if v is not None}},
@@ -167,6 +172,11 @@ def prune(
             findings["structure"] = structure.as_dict()
         results.append(_masks_of(bits, {**about, "findings": findings}, network, model))
     return results if isinstance(density if density is not None else sparsity, list) else results[0]
+
+
+def _as_list(patterns: str | Sequence[str] | None) -> list[str] | None:
+    """Name patterns as they are written beside masks; None for none."""
+    return [patterns] if isinstance(patterns, str) else list(patterns or ()) or None
 
 
 def _keep(savepoints: Savepoints, rounds: Sequence[Round], weights: Sequence[Weight]) -> None:
