@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -31,6 +32,8 @@ def prune(pruner: Any = None, **changes: Any) -> Any:
         (lambda: prune(density=torch.ones(3)), TypeError, "prune: density: wanted a number or a list of numbers"),
         (lambda: prune(density=None, sparsity=["a"]), TypeError, "prune: sparsity: wanted a number or a list"),
         (lambda: prune(seed="a"), TypeError, "prune: seed: wanted an int, got 'a'"),
+        (lambda: pp.scores(MODEL, pp.SynFlow(), example_input=X, seed=None), TypeError, "scores: seed: wanted an int"),
+        (lambda: pp.gradient_moments(MODEL, [X], "mse"), TypeError, "loss: wanted a function of .*, got 'mse'"),
         (lambda: prune(scope=["layer"]), TypeError, "scope: wanted 'global', 'layer', .*, got ['layer']"),
         (lambda: prune(example_input=None), ValueError, "example_input: wanted an input the model accepts, got None"),
         (lambda: pp.PathKernel(MODEL), ValueError, "example_input: wanted an input the model accepts, got None"),
@@ -64,6 +67,17 @@ def test_a_density_of_another_library_is_a_number() -> None:
     assert masks.metadata["config"]["density"] == 0.5
     assert masks == prune(density=0.5)
     assert prune(density=[torch.tensor(0.5)])[0] == masks
+
+
+@pytest.mark.parametrize("pruner", [pp.Random(), pp.PHEW(), pp.Hutchinson([(X, torch.tensor([1]))])])
+def test_a_seed_of_another_library_is_a_number_of_64_bits(pruner: pp.Pruner) -> None:
+    for seed in (7, -1, 2**63 - 1, -(2**63)):
+        masks = prune(pruner, seed=seed)
+        assert masks.metadata["seed"] == seed
+        assert masks == prune(pruner, seed=np.int64(seed)) == prune(pruner, seed=torch.tensor(seed))
+    for seed in (2**63, -(2**63) - 1):
+        with pytest.raises(ValueError, match=r"prune: seed: wanted an int in \[-2\^63, 2\^63\), got"):
+            prune(pruner, seed=seed)
 
 
 @pytest.mark.parametrize("pruner", [pp.Magnitude(), pp.Random(), pp.Inverted(pp.Magnitude())])

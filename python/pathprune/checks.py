@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
@@ -98,6 +99,22 @@ def check_arguments(op: str, given: Mapping[str, Any]) -> None:
         _check_sampling(op, given["scores"], given["temperature_inverse"])
     if op.endswith("_") and not given["mask"].is_contiguous():
         refuse(op, "mask", "a contiguous tensor to write to", f"strides {given['mask'].stride()}")
+
+
+def seed_of(given: object, who: str) -> int:
+    """A seed as ops take it, of whatever library the integer is.
+
+    Raises:
+        TypeError: no integer.
+        ValueError: one that 64 bits with a sign cannot hold.
+    """
+    try:
+        seed = operator.index(given)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{who}: seed: wanted an int, got {given!r}") from None
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"{who}: seed: wanted an int in [-2^63, 2^63), got {seed}")
+    return seed
 
 
 def refuse(op: str, argument: str, wanted: str, got: object) -> NoReturn:

@@ -85,6 +85,8 @@ def gradient_moments(
         >>> found.log2_slope, found.critical_sparsity
     """
     require_reiterable(data, "gradient_moments")
+    if not callable(loss):
+        raise TypeError(f"gradient_moments: loss: wanted a function of (output, y), got {loss!r}")
     if masks is not None:
         masks.check(model, base="ignore")
     parameters = dict(model.named_parameters())

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from . import nodes as kinds
 from . import walk_ops
+from .checks import seed_of
 from .flow import PathFlow
 from .network import PathNetwork
 from .nodes import Node, Synapse
@@ -101,9 +102,9 @@ def sample_paths(
     """
     if not isinstance(network, PathNetwork):
         raise TypeError(f"sample_paths: network: wanted a PathNetwork, got {type(network).__name__}")
-    for name, given in (("n", n), ("seed", seed)):
-        if not isinstance(given, int):
-            raise TypeError(f"sample_paths: {name}: wanted an int, got {given!r}")
+    if not isinstance(n, int):
+        raise TypeError(f"sample_paths: n: wanted an int, got {n!r}")
+    seed = seed_of(seed, "sample_paths")
     if n < 1:
         raise ValueError(f"sample_paths: n: wanted at least 1, got {n}")
     return PathSampler(network, power=power, seed=seed, source=source, policy=policy).paths(0, n)

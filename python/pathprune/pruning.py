@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ._mask_io import base_hash
+from .checks import seed_of
 from .distributed import Group, is_distributed, ranks_of
 from .layers import layer_network
 from .liveness import Reach, reach
@@ -74,7 +75,7 @@ def prune(
         allocation: for ``scope="layer"`` or ``"row"``: ``uniform``, ``erdos_renyi_kernel``, ``smart_ratio``, or
             densities by name, as :func:`allocate` gives them.
         schedule: ``exponential``, ``linear`` or ``one-shot``.
-        seed: of pruners that draw; the only source of chance.
+        seed: of pruners that draw, an int in [-2^63, 2^63); the only source of chance.
         include, exclude: name patterns of the weights that may be pruned; the others stay whole and are not counted.
         count: ``exact``: exactly the right number stays, ties kept in order; ``published``: the published loop's int
             arithmetic, all ties at the threshold removed.
@@ -106,7 +107,8 @@ def prune(
         scope = pruner.scope if scope is None else scope
         area, densities = asked_for(density, sparsity, scope)
         density, sparsity = _numbers("density", density), _numbers("sparsity", sparsity)
-        _check_options(count, seed, compact, allow_regrowth, savepoints)
+        seed = seed_of(seed, "prune")
+        _check_options(count, compact, allow_regrowth, savepoints)
         if allocation != "uniform" and area.kind not in ("layer", "row"):
             raise ValueError(f"prune: allocation: wanted scope='layer' or 'row' with it, got scope={scope!r}")
         if savepoints is not None and (len(densities) > 1 or ranks.size > 1):
@@ -224,12 +226,10 @@ def _shapes_of(model: nn.Module | PathNetwork) -> str:
     return ", ".join(f"{name} {list(tensor.shape)} {tensor.dtype}" for name, tensor in tensors.items())
 
 
-def _check_options(count: Any, seed: Any, compact: Any, allow_regrowth: Any, savepoints: Any) -> None:
+def _check_options(count: Any, compact: Any, allow_regrowth: Any, savepoints: Any) -> None:
     """Raises ValueError or TypeError for those that mean nothing."""
     if count not in ("exact", "published"):
         raise ValueError(f"prune: count: wanted 'exact' or 'published', got {count!r}")
-    if not isinstance(seed, int):
-        raise TypeError(f"prune: seed: wanted an int, got {seed!r}")
     if not (isinstance(compact, (bool, int, float)) and 0 <= compact <= 1):
         raise ValueError(f"prune: compact: wanted True, False or a fraction in [0, 1], got {compact!r}")
     if allow_regrowth not in (None, True, False):

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .batches import Data, require_reiterable
+from .checks import seed_of
 from .network import PathNetwork
 from .pruners.base import Scorer, Wrapper
 from .select import Bracket
@@ -89,8 +90,7 @@ def reinit(model: nn.Module, seed: int, initialize: Callable[[nn.Module], object
     Determinism: the same seed gives the same weights on one kind of device.
     """
     require_module(model, "reinit")
-    if not isinstance(seed, int):
-        raise TypeError(f"reinit: seed: wanted an int, got {seed!r}")
+    seed = seed_of(seed, "reinit")
     fresh = copy.deepcopy(model)
     devices = sorted({p.device.index for p in fresh.parameters() if p.device.type == "cuda"})
     stale: list[str] = []

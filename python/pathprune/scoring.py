@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .checks import seed_of
 from .flow import PathFlow
 from .masks import Masks
 from .network import PathNetwork, as_network
@@ -69,6 +70,7 @@ def scores(
         ValueError: weight sets without an architecture, or that differ from it; what ``prune`` refuses.
     """
     require_scores(method, "scores: method")
+    seed = seed_of(seed, "scores")
     if isinstance(networks, (nn.Module, PathNetwork)):
         return _one(as_network(networks, example_input), method, masks, seed)
     entries = list(networks)
