@@ -287,6 +287,17 @@ def test_a_failing_export_is_not_logged_as_well(capfd: pytest.CaptureFixture[str
     assert capfd.readouterr().err == "said by the model\n"
 
 
+def test_a_model_wrapped_for_ranks_is_told_to_be_unwrapped(tmp_path: Path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(mlp())
+        with pytest.raises(pp.UnsupportedModelError, match=r"got DistributedDataParallel: give its \.module"):
+            prune(wrapped)
+        assert prune(wrapped.module).kept == 120
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 # ------------------------------------------------------------------------------------------ memory that is shared
 
 

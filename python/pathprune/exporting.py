@@ -122,6 +122,9 @@ def export(model: nn.Module, example_input: Any, *, every_choice: bool = True) -
         UnsupportedModelError: the model has data-dependent control flow, or does not accept ``example_input``.
     """
     args, kwargs = one_sample(example_input)
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        got = "DistributedDataParallel: give its .module"
+        raise UnsupportedModelError(f"PathNetwork: model: wanted the model itself, got {got}")
     _require_same_device(model, (args, kwargs))
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     try:

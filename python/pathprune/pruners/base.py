@@ -83,7 +83,9 @@ class Pruner:
 
     def scorer(self, network: PathNetwork, weights: Mapping[str, Weight], seed: int) -> Scorer:
         """Binds the method to a network and the weights to be scored."""
-        raise NotImplementedError(type(self).__name__)
+        raise NotImplementedError(
+            f"{self.name}: wanted a method scorer(network, weights, seed) that makes scores, got none"
+        )
 
     def steps(
         self,
