@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .batches import Batch, runs_on
 from .checks import accumulate_dtype
 from .expert_inputs import ExpertInputs, one_by_one
+from .exporting import in_mode
 from .layers import expert_matrices, is_transposed, modules_of
 from .surroundings import device_of_caller
 
@@ -185,18 +186,14 @@ def run(model: nn.Module, batches: Iterable[Batch], who: str, example: Sequence[
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, no gradients, no cache of keys and values; modes, random state and settings are put back."""
-    modes = [(module, module.training) for module in model.modules()]
     config = getattr(model, "config", None)
     caches = getattr(config, "use_cache", None)
     try:
-        model.eval()
         if caches:
             config.use_cache = False  # type: ignore[union-attr]
-        with torch.random.fork_rng(), torch.no_grad():
+        with in_mode(model), torch.random.fork_rng(), torch.no_grad():
             yield
     finally:
-        for module, training in modes:
-            module.training = training
         if caches:
             config.use_cache = caches  # type: ignore[union-attr]
 

@@ -25,16 +25,16 @@ class UnsupportedModelError(ValueError):
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for the time of the export, every module's own flag restored after, also on an exception."""
+def in_mode(model: nn.Module, training: bool = False) -> Iterator[None]:
+    """Evaluation mode, or training mode, in every module; each one's own flag restored after, also on an exception."""
     flags = [(module, module.training) for module in model.modules()]
     try:
         for module, _ in flags:
-            module.training = False
+            module.training = training
         yield
     finally:
-        for module, training in flags:
-            module.training = training
+        for module, own in flags:
+            module.training = own
 
 
 class _EveryChoice(TorchFunctionMode):
@@ -62,7 +62,7 @@ def _as_it_is_read(model: nn.Module, every_choice: bool) -> Iterator[None]:
         for config, key, _ in before:
             setattr(config, key, settings[key])
         choices = _EveryChoice() if every_choice else nullcontext()
-        with evaluating(model), torch.no_grad(), device_of_caller(), choices:
+        with in_mode(model), torch.no_grad(), device_of_caller(), choices:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(is_fast)

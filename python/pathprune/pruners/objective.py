@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from .. import ops
 from ..batches import Batch, Data, require_reiterable, runs_on, stream
 from ..distributed import ALONE, Group
-from ..exporting import canonical_names
+from ..exporting import canonical_names, in_mode
 from ..network import PathNetwork
 from ..ops import WeightMap
 from ..surroundings import device_of_caller
@@ -114,20 +114,14 @@ class ModelCall:
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
         """Where the model is run: the mode that was asked for, seeded draws; all put back at the end."""
-        modes = [(module, module.training) for module in self.model.modules()]
         gpus = [self.network.device] if self.network.device.type == "cuda" else []
-        try:
-            with torch.random.fork_rng(gpus), torch.enable_grad(), FrozenNorms():
-                torch.default_generator.manual_seed(self.seed)
-                for gpu in gpus:
-                    with torch.cuda.device(gpu):
-                        torch.cuda.manual_seed(self.seed)
-                for module, _ in modes:
-                    module.training = self.train_mode
-                yield
-        finally:
-            for module, mode in modes:
-                module.training = mode
+        mode = in_mode(self.model, self.train_mode)
+        with mode, torch.random.fork_rng(gpus), torch.enable_grad(), FrozenNorms():
+            torch.default_generator.manual_seed(self.seed)
+            for gpu in gpus:
+                with torch.cuda.device(gpu):
+                    torch.cuda.manual_seed(self.seed)
+            yield
 
     def point(self) -> Point:
         """The weights as they are, under the present mask; nothing is copied where nothing is pruned."""

@@ -30,7 +30,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..batches import Batch, Data, require_reiterable, runs_on, stream
 from ..distributed import ALONE, Group
-from ..exporting import evaluating
+from ..exporting import in_mode
 from ..flow import PathFlow
 from ..gates import GatedFlow
 from ..network import PathNetwork
@@ -249,7 +249,7 @@ def _released(network: PathNetwork, weights: Mapping[str, Weight], data: Data) -
             plain[name] = p if kept else masks[name].to(p.dtype) if name in masks else torch.ones_like(p)
             squared[name] = p if kept else p.square()
         reach, like = torch.zeros(()), None
-        with torch.no_grad(), evaluating(model):
+        with torch.no_grad(), in_mode(model):
             for batch in stream(data, "PX", network.device):
                 gates: list[Tensor] = []
                 call(real, batch, _Gated(None, gates, False))
@@ -261,7 +261,7 @@ def _released(network: PathNetwork, weights: Mapping[str, Weight], data: Data) -
         assert like is not None
         ones = _with_inputs(like, lambda a: torch.ones_like(a[:1]).expand(2, *a.shape[1:]))
         leaves = {name: squared[name].requires_grad_() for name in weights}
-        with torch.enable_grad(), evaluating(model):
+        with torch.enable_grad(), in_mode(model):
             out = call({**squared, **leaves}, ones, _Gated(None, None, True))[0]
             total = (out.double() * reach).sum()
             gradients = torch.autograd.grad(total, list(leaves.values()))
