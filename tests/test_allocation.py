@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from pathprune import Magnitude, Masks, SynFlow, Wanda, allocate, prune
+from pathprune import Magnitude, Masks, Random, SynFlow, Wanda, allocate, prune
 from pathprune.allocation import block_of
 
 
@@ -134,3 +134,22 @@ def test_masks_say_what_was_asked_for(model, tmp_path):
     plain = prune(model, Magnitude(), density=0.25, include=["*.0.weight"]).metadata["config"]
     assert plain["include"] == ["*.0.weight"]
     assert not {"allocation", "exclude", "allow_regrowth"} & set(plain)
+
+
+@pytest.mark.parametrize("scope", ["layer", "row"])
+def test_densities_by_name_are_where_the_schedule_ends(model, scope):
+    names = [name for name, p in model.named_parameters() if p.dim() == 2]
+    densities = {name: 0.5 if name == "head.weight" else 0.05 for name in names}
+    options = {"example_input": torch.ones(1, 12), "scope": scope, "allocation": densities, "progress": False}
+    masks = prune(model, SynFlow(rounds=5), density=0.1, **options)
+    once = prune(model, SynFlow(rounds=1), density=0.1, **options)
+    assert masks.counts() == once.counts()
+    assert masks.counts()["head.weight"].kept == 30
+    kept = masks.metadata["findings"]["kept"]
+    assert kept == sorted(kept, reverse=True) and len(set(kept)) == 5
+    assert (kept[-1], once.metadata["findings"]["kept"]) == (masks.kept, [masks.kept])
+    for pruner in (SynFlow(rounds=5), Random()):
+        earlier, later = prune(model, pruner, density=[0.4, 0.1], **options)
+        assert later.kept < earlier.kept == earlier.metadata["findings"]["kept"][-1]
+        assert later.counts() == masks.counts()
+        assert all(bool((later[name] <= earlier[name]).all()) for name in names)

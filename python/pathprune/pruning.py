@@ -73,7 +73,7 @@ def prune(
         scope: what competes: ``global``, ``layer``, ``row`` (each output unit), or ``n:m`` such as ``2:4``; None: the
             method's own, ``row`` for ``Wanda``, ``global`` for others.
         allocation: for ``scope="layer"`` or ``"row"``: ``uniform``, ``erdos_renyi_kernel``, ``smart_ratio``, or
-            densities by name, as :func:`allocate` gives them.
+            densities by name, as :func:`allocate` gives them: those at the end, whatever ``density`` says.
         schedule: ``exponential``, ``linear`` or ``one-shot``.
         seed: of pruners that draw, an int in [-2^63, 2^63); the only source of chance.
         include, exclude: name patterns of the weights that may be pruned; the others stay whole and are not counted.
@@ -149,7 +149,11 @@ def prune(
         rounds = savepoints.take_up({name: weights[name] for name in names})
         selection.before_cut = lambda: _keep(savepoints, rounds, selection.weights)
     plan = plan[len(rounds) :]
-    steps = pruner.steps(quick, selection, plan, lambda d: layer_densities(allocation, shapes, d), snapshot, seed)
+
+    def layer_plan(at: float) -> dict[str, float]:
+        return layer_densities(allocation, shapes, at, densities[-1])
+
+    steps = pruner.steps(quick, selection, plan, layer_plan, snapshot, seed)
     for done in _with_progress(steps, len(plan), pruner.name, progress):
         rounds.append(done)
         if len(snapshots) > len(finished):

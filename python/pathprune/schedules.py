@@ -67,16 +67,18 @@ def _stops(schedule: str, densities: Sequence[float], rounds: int) -> list[int]:
 
 
 def layer_densities(
-    allocation: str | Mapping[str, float], shapes: Mapping[str, torch.Size], density: float
+    allocation: str | Mapping[str, float], shapes: Mapping[str, torch.Size], density: float, end: float | None = None
 ) -> dict[str, float]:
     """The density of each layer so that all together keep ``density``.
 
     Args:
         allocation: ``uniform``; ``erdos_renyi_kernel`` (density of a layer in proportion to the sum over the product of
             its sizes, Evci et al. 2020); ``smart_ratio`` (Su et al. 2020: kept weights fall as k^2 + k towards the
-            output, linear layers keep 0.3 or the density if that is more); or densities by name.
+            output, linear layers keep 0.3 or the density if that is more); or densities by name, those at the end: on
+            the way a layer of density a has ``a^t`` where all together have ``end^t``.
         shapes: weight shapes in network order.
         density: over all layers, in (0, 1].
+        end: the density that a schedule on its way through ``density`` goes to; None: it is there.
     """
     if isinstance(allocation, Mapping):
         missing = [name for name in shapes if name not in allocation]
@@ -85,7 +87,8 @@ def layer_densities(
         for name in shapes:
             if not 0 <= allocation[name] <= 1:
                 raise ValueError(f"allocation: {name!r}: wanted a density in [0, 1], got {allocation[name]}")
-        return {name: float(allocation[name]) for name in shapes}
+        t = 1.0 if end is None or end >= 1 else math.log(density) / math.log(end)
+        return {name: float(allocation[name]) ** t for name in shapes}
     if allocation == "uniform":
         return dict.fromkeys(shapes, density)
     total = density * sum(shape.numel() for shape in shapes.values())

@@ -272,10 +272,14 @@ class Selection:
 
     def sizes(self, density: float, layer_plan: Callable[[float], Mapping[str, float]]) -> tuple[int, dict[str, int]]:
         """How many weights stay at that density in all, and of each layer (or each of its rows)."""
-        shares = {}
+        shares, planned = {}, layer_plan(density)
         for weight in self.weights:
             size = row_length(weight) if self.scope.kind in ("row", "n:m") else weight.shape.numel()
-            shares[weight.name] = max(round(size * layer_plan(density)[weight.name]), 1 if size else 0)
+            shares[weight.name] = max(round(size * planned[weight.name]), 1 if size else 0)
+        if self.scope.kind == "layer":
+            return sum(shares.values()), shares
+        if self.scope.kind == "row":
+            return sum(w.shape.numel() // max(row_length(w), 1) * shares[w.name] for w in self.weights), shares
         return self.kept_at(density), shares
 
     def kept_at(self, density: float) -> int:
