@@ -169,6 +169,11 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "a loss by name": (lambda: pp.SNIP([BATCH], loss="mse"), TypeError, "SNIP: loss: wanted a function of .*got 'mse'"),
     "no policy": (lambda: pp.SynFlow(policy=3), TypeError, "policy: wanted one of .* or a Policy, got 3"),
     "no mean": (lambda: pp.SynFlowDist("a"), TypeError, "mean: wanted a tensor or batches, got str"),
+    "a mean of words": (
+        lambda: pp.SynFlowDist([{"x": X}]),
+        TypeError,
+        r"mean: wanted batches x or \(x, y\), x a tensor \[n, \*sample\], got dict",
+    ),
     "walks scored": (
         lambda: pp.scores(MODEL, pp.PHEW(), example_input=X),
         TypeError,

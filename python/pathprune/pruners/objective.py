@@ -368,13 +368,14 @@ def check_labels(who: str, logits: Any, target: Any, position: int, probabilitie
         raise ValueError(f"{who}: loss: wanted logits [n, classes, ...] for cross entropy, got {got}")
     if not isinstance(target, Tensor):
         raise ValueError(f"{who}: data: wanted labels in a tensor, got {type(target).__name__} in batch {position}")
-    is_probability = probabilities and target.is_floating_point()
-    shape = logits.shape if is_probability else logits.shape[:1] + logits.shape[2:]
-    if target.shape != shape or (target.is_floating_point() and not probabilities):
-        kind = "probabilities" if is_probability else "labels, integers"
+    labels = logits.shape[:1] + logits.shape[2:]
+    is_floating = target.is_floating_point()
+    if target.shape != (logits.shape if is_floating else labels) or (is_floating and not probabilities):
+        wanted = f"labels, integers of shape {list(labels)}"
+        wanted += f", or probabilities of shape {list(logits.shape)}" if probabilities else ""
         got = f"{str(target.dtype).removeprefix('torch.')} {list(target.shape)} in batch {position}"
-        raise ValueError(f"{who}: data: wanted {kind} of shape {list(shape)}, got {got}")
-    if is_probability:
+        raise ValueError(f"{who}: data: wanted {wanted}, got {got}")
+    if is_floating:
         return
     classes = logits.shape[1]
     wrong = target[(target < 0) | (target >= classes)]

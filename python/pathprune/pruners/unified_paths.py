@@ -78,6 +78,7 @@ def mean_input(mean: Tensor | Iterable) -> Tensor:
     """The mean of the data: a tensor shaped like one input, or batches (``x`` or ``(x, y)``) averaged once.
 
     Raises:
+        TypeError: neither, or batches whose inputs are no tensor.
         ValueError: no batches, or batches of different shapes.
     """
     if isinstance(mean, Tensor):
@@ -86,7 +87,10 @@ def mean_input(mean: Tensor | Iterable) -> Tensor:
         raise TypeError(f"mean: wanted a tensor or batches, got {type(mean).__name__}")
     total, count = None, 0
     for batch in mean:
-        x = batch[0] if isinstance(batch, (tuple, list)) else batch
+        x = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+        if not isinstance(x, Tensor) or x.dim() == 0:
+            got = "a tensor without axes" if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"mean: wanted batches x or (x, y), x a tensor [n, *sample], got {got}")
         summed = x.detach().double().sum(0)
         if total is not None and total.shape != summed.shape:
             raise ValueError(f"mean: wanted samples of one shape, got {tuple(total.shape)} and {tuple(summed.shape)}")
