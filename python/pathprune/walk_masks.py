@@ -125,7 +125,7 @@ class WalkMasks(ABC):
                 self._check_reachable(target, marked, walks)
             while marked < target:
                 if not len(ahead_of_time):
-                    if allowed is None and walks > 2 * _needed(expected, target):
+                    if walks and allowed is None and walks > 2 * _needed(expected, target):
                         self._check_reachable(target, marked, walks)
                         allowed = math.ceil(_PATIENCE * max(_needed(expected, target), _LEAST_BATCH))
                     if allowed is not None and walks >= allowed:
