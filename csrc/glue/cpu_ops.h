@@ -55,6 +55,8 @@ Tensor mask_pack(const Tensor& bits);
 Tensor mask_unpack(const Tensor& mask, int64_t columns);
 Tensor mask_count(const Tensor& mask);
 
+Tensor fingerprint(const Tensor& tensor);
+
 std::tuple<Tensor, Tensor> compact_weight(const Tensor& weight, const Tensor& mask,
                                           const OptionalTensor& layout,
                                           const OptionalTensor& row_start, int64_t columns);
