@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import walk_ops
+from ._mask_io import unpack_mask
 from .network import PathNetwork
 
 _OVERSHOOT = 1.03  # walks of a batch over the estimate, so that one batch is usually enough
@@ -191,10 +192,7 @@ class WalkMasks(ABC):
 
     def bits(self, marked: Marked, name: str) -> Tensor:
         """The mask of a weight, bool of its shape."""
-        shape = self.network.tensors[name].shape
-        flat = self.packed(marked, name)
-        bools = (flat[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
-        return bools.flatten()[: shape.numel()].bool().reshape(shape)
+        return unpack_mask(self.packed(marked, name), self.network.tensors[name].shape)
 
 
 def _needed(expected: Callable[[float], float], target: float) -> float:
