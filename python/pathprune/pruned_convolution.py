@@ -17,12 +17,14 @@ import torch
 from torch import Tensor
 
 from .ops import _LIBRARY
-from .sparse_ops import thin_convolution
+from .thin_ops import thin_convolution
 
 _CHANNELS = 0.8  # share of channel pairs left below which it pays to leave the dead ones out
 _ENTRIES = 0.65, 1.2  # share of weights left below which to skip zeros; of layers with few channels
 _FEW_CHANNELS = 24
 _PHASES = 0.4  # of that share, where a stride cuts images into phases
+_KEPT = 0.4  # share of weights left below which the gradient is computed for these alone ...
+_SETUP = 256  # ... where an entry's preparation takes no longer than so many outputs
 _SMALL = 1 << 22  # multiply-adds below which torch's own is quick enough
 
 _LIBRARY.define(
@@ -140,3 +142,11 @@ def expected_gain(w: Tensor, stride: Sequence[int], density: float) -> float:
 def is_thin(x: Tensor, shape: torch.Size, stride: Sequence[int], density: float) -> bool:
     """Whether ``thin_convolution`` should be faster than a dense one on these images."""
     return density < _few(x, shape, stride)
+
+
+def is_sampled(x: Tensor, shape: torch.Size, stride: Sequence[int], density: float) -> bool:
+    """Whether ``thin_sample`` should be faster than the gradient by all weights."""
+    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64) or len(shape) != 4:
+        return False
+    positions = x.shape[0] * math.prod(-(-n // s) for n, s in zip(x.shape[2:], stride, strict=True))
+    return density * (positions + _SETUP) < _KEPT * positions
