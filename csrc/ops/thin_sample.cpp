@@ -33,9 +33,9 @@ int64_t equal_parts(int64_t whole, int64_t most) {
 // How the sums over all outputs are cut. A lane has a band of the output rows of an image; of the
 // bands in the lanes, some positions are laid out at a time, and of those some are summed over.
 struct Tiling {
-  Tiling(const ThinShape& s, int64_t rows, int64_t channels, int64_t entries, int64_t lanes_,
+  Tiling(const ThinShape& s, int64_t rows, int64_t channels, int64_t entries, int64_t lane_count,
          int64_t bytes)
-      : lanes(lanes_), bands(bands_of(s, lanes_)), band(ceil_divide(s.y.out(), bands)) {
+      : lanes(lane_count), bands(bands_of(s, lane_count)), band(ceil_divide(s.y.out(), bands)) {
     const int64_t most = std::max<int64_t>(16, kOuterBytes / (rows * lanes * bytes));
     width = equal_parts(s.x.out(), std::min(kWidest, most));
     height = equal_parts(band, most / width);
@@ -262,18 +262,26 @@ class Sample {
     }
   }
 
+  // What a lane has: an image, or none, and the first output row of its band.
+  struct Lane {
+    bool is_filled;
+    int64_t image, band;
+  };
+  Lane lane(const Chunk& c, int64_t l) const {
+    const int64_t at = c.group * t_.lanes + l;
+    return {at / t_.bands < s_.images, at / t_.bands, at % t_.bands * t_.band};
+  }
+
   void lay_g(const Chunk& c, A* to) const {
     Window<A> window = {};
     window.column = c.left;
     window.columns = s_.x.out();
     for (const int64_t row : w_.rows) {
       for (int64_t l = 0; l < t_.lanes; ++l) {
-        const int64_t at = c.group * t_.lanes + l, image = at / t_.bands;
-        const int64_t top = at % t_.bands * t_.band;
-        const bool is_image = image < s_.images;
-        window.plane[l] = is_image ? g_ + (image * s_.rows + row) * s_.plane() : nullptr;
-        window.first[l] = top + c.top;
-        window.end[l] = std::min(top + t_.band, s_.y.out());
+        const auto [is_filled, image, band] = lane(c, l);
+        window.plane[l] = is_filled ? g_ + (image * s_.rows + row) * s_.plane() : nullptr;
+        window.first[l] = band + c.top;
+        window.end[l] = std::min(band + t_.band, s_.y.out());
       }
       lay(kernels_, window, c.height, c.width, t_.width * t_.lanes, to);
       to += t_.g_plane;
@@ -288,11 +296,10 @@ class Sample {
     window.columns = s_.x.size;
     for (int64_t i = block * t_.block; i < std::min(live, (block + 1) * t_.block); ++i) {
       for (int64_t l = 0; l < t_.lanes; ++l) {
-        const int64_t at = c.group * t_.lanes + l, image = at / t_.bands;
-        const int64_t top = at % t_.bands * t_.band + c.top;
-        const bool is_image = image < s_.images;
-        window.plane[l] = is_image ? x_ + (image * s_.channels + w_.channels[i]) * plane : nullptr;
-        window.first[l] = top * s_.y.stride - s_.y.padding;
+        const auto [is_filled, image, band] = lane(c, l);
+        const int64_t at = image * s_.channels + w_.channels[i];
+        window.plane[l] = is_filled ? x_ + at * plane : nullptr;
+        window.first[l] = (band + c.top) * s_.y.stride - s_.y.padding;
         window.end[l] = s_.y.size;
       }
       lay(kernels_, window, Tiling::reads(s_.y, c.height), Tiling::reads(s_.x, c.width),

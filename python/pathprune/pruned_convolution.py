@@ -4,6 +4,8 @@ Three exact ways, chosen by what is left: torch's own; torch's own on the channe
 weights are left, ``thin_convolution``, which skips zeros: a few images at a time are laid flat with their padding,
 channel after channel, so that what a kernel entry reads is what the output reads, a fixed way further on.
 
+In training ``thin_sample`` sums the gradient by the weights that are left, and by no others.
+
 Bytes: the images once; their flat copy, a part of the cache, for every weight that is left; the outputs once.
 """
 
@@ -23,7 +25,7 @@ _CHANNELS = 0.8  # share of channel pairs left below which it pays to leave the 
 _ENTRIES = 0.65, 1.2  # share of weights left below which to skip zeros; of layers with few channels
 _FEW_CHANNELS = 24
 _PHASES = 0.4  # of that share, where a stride cuts images into phases
-_KEPT = 0.4  # share of weights left below which the gradient is computed for these alone ...
+_KEPT = 0.35  # share of weights left below which the gradient is computed for these alone ...
 _SETUP = 256  # ... where an entry's preparation takes no longer than so many outputs
 _SMALL = 1 << 22  # multiply-adds below which torch's own is quick enough
 
