@@ -249,3 +249,15 @@ def test_training_steps_are_those_of_the_masked_layer(stride: int, monkeypatch: 
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
     assert net[0].weight[0, 0, 0, 0] != 0
     assert calls.count("thin_sample") == 6  # three steps of two layers
+
+
+def test_compiled_layers_have_it_too() -> None:
+    torch.manual_seed(0)
+    dense = nn.Conv2d(16, 24, 3, padding=1)
+    layer = pp.SparseConv2d(dense, torch.rand(dense.weight.shape) < 0.05)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(4, 16, 12, 12, requires_grad=True)
+    leaves = [x, layer.weight, layer.bias]
+    wanted = torch.autograd.grad(layer(x).square().sum(), leaves)
+    for got, exact in zip(torch.autograd.grad(compiled(x).square().sum(), leaves), wanted, strict=True):
+        torch.testing.assert_close(got, exact)

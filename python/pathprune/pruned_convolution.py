@@ -106,7 +106,7 @@ def _few(x: Tensor, shape: torch.Size, stride: Sequence[int]) -> float:
     if len(kernel) != 2 or (kernel.numel() == 1 and set(stride) == {1}):
         return 0.0
     sides = [(n // s, k // 2) for n, k, s in zip(x.shape[2:], kernel, stride, strict=True)]
-    padded = math.prod((n + k) / max(1, n) for n, k in sides)
+    padded = math.prod([(n + k) / max(1, n) for n, k in sides])
     phases = 1.0 if set(stride) == {1} else _PHASES
     return phases * _ENTRIES[min(shape[:2]) <= _FEW_CHANNELS] / padded**2.5
 
@@ -150,5 +150,5 @@ def is_sampled(x: Tensor, shape: torch.Size, stride: Sequence[int], density: flo
     """Whether ``thin_sample`` should be faster than the gradient by all weights."""
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64) or len(shape) != 4:
         return False
-    positions = x.shape[0] * math.prod(-(-n // s) for n, s in zip(x.shape[2:], stride, strict=True))
+    positions = x.shape[0] * math.prod([-(-n // s) for n, s in zip(x.shape[2:], stride, strict=True)])
     return density * (positions + _SETUP) < _KEPT * positions
