@@ -47,11 +47,11 @@ FLOORS = [
     {"loading", "reference", "sparse_reference", "spectrum", "pooling", "plots", "info"},
     {"walk_reference"},
     {
-        *("ops", "sparse_ops", "thin_ops", "masked", "masks"),
+        *("ops", "sparse_ops", "masked", "masks"),
         *("rules", "wire_rules", "norm_rules", "complex_rules", "attention_rules", "expert_rules"),
         *("product_rules", "scan_rules", "tracer"),
     },
-    {"walk_ops"},
+    {"walk_ops", "thin_ops"},
     {
         "network",
         "position_classes",
