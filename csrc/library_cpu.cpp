@@ -32,4 +32,5 @@ STABLE_TORCH_LIBRARY_IMPL(pathprune, CPU, m) {
   m.impl("sparse_gather", TORCH_BOX(&pathprune::sparse_gather));
   m.impl("sparse_scatter", TORCH_BOX(&pathprune::sparse_scatter));
   m.impl("thin_convolution", TORCH_BOX(&pathprune::thin_convolution));
+  m.impl("thin_sample", TORCH_BOX(&pathprune::thin_sample));
 }

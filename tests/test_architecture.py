@@ -52,7 +52,7 @@ FLOORS = [
         *("rules", "wire_rules", "norm_rules", "complex_rules", "attention_rules", "expert_rules"),
         *("product_rules", "scan_rules", "tracer"),
     },
-    {"walk_ops"},
+    {"walk_ops", "thin_ops"},
     {
         "network",
         "position_classes",
