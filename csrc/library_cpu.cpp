@@ -17,6 +17,7 @@ STABLE_TORCH_LIBRARY_IMPL(pathprune, CPU, m) {
   m.impl("mask_pack", TORCH_BOX(&pathprune::mask_pack));
   m.impl("mask_unpack", TORCH_BOX(&pathprune::mask_unpack));
   m.impl("mask_count", TORCH_BOX(&pathprune::mask_count));
+  m.impl("fingerprint", TORCH_BOX(&pathprune::fingerprint));
   m.impl("compact_weight", TORCH_BOX(&pathprune::compact_weight));
   m.impl("kth_largest", TORCH_BOX(&pathprune::kth_largest));
   m.impl("gumbel_keys", TORCH_BOX(&pathprune::gumbel_keys));
@@ -31,4 +32,5 @@ STABLE_TORCH_LIBRARY_IMPL(pathprune, CPU, m) {
   m.impl("sparse_gather", TORCH_BOX(&pathprune::sparse_gather));
   m.impl("sparse_scatter", TORCH_BOX(&pathprune::sparse_scatter));
   m.impl("thin_convolution", TORCH_BOX(&pathprune::thin_convolution));
+  m.impl("thin_sample", TORCH_BOX(&pathprune::thin_sample));
 }

@@ -309,6 +309,16 @@ Tensor mask_count(const Tensor& mask) {
   return count;
 }
 
+Tensor fingerprint(const Tensor& tensor) {
+  const OnDevice device(tensor);
+  const Tensor whole = torch::stable::contiguous(tensor);
+  const Tensor found = new_tensor(tensor, {}, ScalarType::Long);
+  const auto size = whole.numel() * static_cast<int64_t>(whole.element_size());
+  check("fingerprint", add_fingerprint(static_cast<const uint8_t*>(whole.const_data_ptr()), size,
+                                       data_of<int64_t>(found), device.stream()));
+  return found;
+}
+
 std::tuple<Tensor, Tensor> compact_weight(const Tensor& weight, const Tensor& mask,
                                           const OptionalTensor& layout,
                                           const OptionalTensor& row_start, int64_t columns) {
@@ -388,6 +398,7 @@ STABLE_TORCH_LIBRARY_IMPL(pathprune, CUDA, m) {
   m.impl("mask_pack", TORCH_BOX(&pathprune::cuda::mask_pack));
   m.impl("mask_unpack", TORCH_BOX(&pathprune::cuda::mask_unpack));
   m.impl("mask_count", TORCH_BOX(&pathprune::cuda::mask_count));
+  m.impl("fingerprint", TORCH_BOX(&pathprune::cuda::fingerprint));
   m.impl("compact_weight", TORCH_BOX(&pathprune::cuda::compact_weight));
   m.impl("kth_largest", TORCH_BOX(&pathprune::cuda::kth_largest));
   m.impl("gumbel_keys", TORCH_BOX(&pathprune::cuda::gumbel_keys));

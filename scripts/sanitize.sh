@@ -22,7 +22,7 @@ fi
 
 shopt -s nullglob
 tests=(tests/test_core.py tests/test_ops*.py tests/test_op_*.py tests/test_walk_ops.py tests/test_walk_kernels.py
-  tests/test_masked_matmul.py tests/test_pruned_convolution.py)
+  tests/test_masked_matmul.py tests/test_pruned_convolution.py tests/test_thin_sample.py)
 # Python and torch keep memory until the process ends, which is no leak of ours. The C++ library comes
 # before Python too, for the runtime to find what throws exceptions.
 # What they find goes straight to stderr, past the capture of a test that never ends.

@@ -248,6 +248,14 @@ def _masked_weight(d: Drawn) -> Iterator[Arguments]:
         yield d.dense, d.mask, int(f)
 
 
+def _fingerprint(d: Drawn) -> Iterator[Arguments]:
+    yield (d.weight,)
+    yield (d.written(),)
+    yield (d.written().flatten()[1:],)
+    yield (d.weight[..., ::2],)
+    yield (d.written() > 0,)
+
+
 def _kth(d: Drawn) -> Iterator[Arguments]:
     scores = reference.through_flow(*d.scored, WeightMap.IDENTITY, *d.packed).flatten()
     scores = scores[scores.isfinite()]
@@ -276,6 +284,7 @@ ROWS: dict[str, Callable[[Drawn], Iterator[Arguments]]] = {
     "mask_pack": lambda d: iter([(reference.mask_unpack(d.written(), d.columns),)]),
     "mask_unpack": lambda d: iter([(d.written(), d.columns)]),
     "mask_count": lambda d: iter([(d.written(),)]),
+    "fingerprint": _fingerprint,
     "compact_weight": lambda d: iter([(d.weight, d.written(), *d.packed)]),
     "kth_largest": _kth,
     "gumbel_keys": _gumbel,

@@ -353,7 +353,7 @@ def ranks_that_differ_are_told_so(folder: Path) -> None:
     refused("prune: exclude: wanted", pp.Magnitude(), exclude="0.*" if rank else ())
     world = {"process_group": dist.group.WORLD}
     torch.manual_seed(rank)
-    refused("prune: weights: wanted the same on every rank, got blake2b", pp.Magnitude(), perceptron(), **world)
+    refused("prune: weights: wanted the same on every rank, got splitmix64", pp.Magnitude(), perceptron(), **world)
     wide = nn.Sequential(nn.Linear(8, 4 + rank), nn.ReLU(), nn.Linear(4 + rank, 2))
     refused("prune: model: wanted the same on every rank, got 0.weight", pp.Magnitude(), wide, **world)
     assert same_state(spread, before)

@@ -45,13 +45,14 @@ FLOORS = [
         "bench",
     },
     {"loading", "reference", "sparse_reference", "spectrum", "pooling", "plots", "info"},
-    {"walk_reference"},
+    {"walk_reference", "ops"},
+    {"belonging"},
     {
-        *("ops", "sparse_ops", "masked", "masks"),
+        *("sparse_ops", "masked", "masks"),
         *("rules", "wire_rules", "norm_rules", "complex_rules", "attention_rules", "expert_rules"),
         *("product_rules", "scan_rules", "tracer"),
     },
-    {"walk_ops"},
+    {"walk_ops", "thin_ops"},
     {
         "network",
         "position_classes",

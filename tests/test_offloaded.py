@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import pathprune as pp
-from pathprune._mask_io import base_hash
+from pathprune.belonging import base_hash
 
 
 class Network(nn.Module):

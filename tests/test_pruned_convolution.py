@@ -9,7 +9,7 @@ from torch import Tensor
 from pathprune import pruned_convolution as room
 from pathprune import sparse
 from pathprune.pruned_convolution import counting_convolution, pruned_convolution
-from pathprune.sparse_ops import thin_convolution
+from pathprune.thin_ops import thin_convolution
 
 # images, channels, size, filters, kernel, stride, padding, dilation. A tile is 128 positions at most; images share
 # their padding and lie in chunks of 512 KiB; large ones are cut into bands of rows; a stride cuts them into phases.
@@ -88,7 +88,7 @@ def test_gradients_and_opcheck(shape: tuple) -> None:
     turned = thin_convolution(x.mT.contiguous().mT, w.flip(0).flip(0), bias, *geometry)
     torch.testing.assert_close(turned, torch.conv2d(x, w, bias, *geometry))
     op = torch.ops.pathprune.thin_convolution.default
-    torch.library.opcheck(op, (x, w, bias, *(n for pair in geometry for n in pair), False))
+    torch.library.opcheck(op, (x, w, bias, *(n for pair in geometry for n in pair), False, None))
     images = torch.randn(2, 3, 5, 5)
     arguments = (images, torch.randn(4, 3, 3, 3), None, [1, 1], [1, 1], [1, 1], 1)
     torch.library.opcheck(

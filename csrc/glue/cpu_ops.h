@@ -55,6 +55,8 @@ Tensor mask_pack(const Tensor& bits);
 Tensor mask_unpack(const Tensor& mask, int64_t columns);
 Tensor mask_count(const Tensor& mask);
 
+Tensor fingerprint(const Tensor& tensor);
+
 std::tuple<Tensor, Tensor> compact_weight(const Tensor& weight, const Tensor& mask,
                                           const OptionalTensor& layout,
                                           const OptionalTensor& row_start, int64_t columns);
@@ -101,6 +103,11 @@ Tensor sparse_scatter(const Tensor& values, const Tensor& layout, const Tensor& 
 
 Tensor thin_convolution(const Tensor& x, const Tensor& w, const OptionalTensor& bias,
                         int64_t stride_y, int64_t stride_x, int64_t padding_y, int64_t padding_x,
-                        int64_t dilation_y, int64_t dilation_x, bool counting);
+                        int64_t dilation_y, int64_t dilation_x, bool counting,
+                        const OptionalTensor& mask);
+
+Tensor thin_sample(const Tensor& x, const Tensor& g, const Tensor& mask, int64_t kernel_y,
+                   int64_t kernel_x, int64_t stride_y, int64_t stride_x, int64_t padding_y,
+                   int64_t padding_x, int64_t dilation_y, int64_t dilation_x);
 
 }  // namespace pathprune

@@ -105,6 +105,12 @@ cudaError_t count_masks(const uint16_t* words, int64_t count,
                         int64_t* total,  // []
                         cudaStream_t stream);
 
+// ---- fingerprint.cu -----------------------------------------------------------------------------
+
+cudaError_t add_fingerprint(const uint8_t* bytes, int64_t size,
+                            int64_t* sum,  // []
+                            cudaStream_t stream);
+
 // ---- compact.cu ---------------------------------------------------------------------------------
 
 // The row starts of what a mask leaves; the last is how much that is.

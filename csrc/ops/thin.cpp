@@ -12,6 +12,7 @@
 #include "core/macros.h"
 #include "glue/cpu.h"
 #include "glue/cpu_ops.h"
+#include "glue/thin_arguments.h"
 
 namespace pathprune {
 namespace {
@@ -19,35 +20,9 @@ namespace {
 constexpr const char* kOp = "thin_convolution";
 constexpr int64_t kChunkBytes = 1 << 19;  // of images laid flat: half of a second-level cache
 
-// One axis of a convolution. Of every s-th row, a stride of s, the images have s phases; a kernel
-// entry reads one of them, some rows before or behind the output's.
-struct Axis {
-  int64_t size, kernel, stride, padding, dilation;
-
-  int64_t out() const { return (size + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1; }
-  int64_t before() const { return ceil_divide(padding, stride); }  // rows of padding in a phase
-  // What an entry reads first, from the padding on: which phase, and the row in it.
-  int64_t phase(int64_t entry) const { return first(entry) % stride; }
-  int64_t row(int64_t entry) const { return first(entry) / stride; }
-  int64_t first(int64_t entry) const { return entry * dilation + before() * stride - padding; }
-  int64_t reach() const { return row(kernel - 1); }
-  // From an image to the next: the padding behind one is that before the next.
-  int64_t period() const {
-    return std::max(ceil_divide(size, stride) + before(),
-                    out() + std::max<int64_t>(reach() - before(), 0));
-  }
-};
-
-struct Shape {
-  int64_t images, channels, rows;
-  Axis y, x;
-  int64_t kernel() const { return y.kernel * x.kernel; }
-  int64_t plane() const { return y.out() * x.out(); }  // of outputs
-};
-
 // A few images, or some rows of the output of one, as they lie in a plane.
 struct Layout {
-  Layout(const Shape& s, int64_t planes, int64_t tile, int64_t bytes)
+  Layout(const ThinShape& s, int64_t planes, int64_t tile, int64_t bytes)
       : wide(s.x.period()), tall(s.y.period()) {
     const int64_t room = std::max<int64_t>(1, kChunkBytes / (planes * bytes * wide));  // rows
     images = std::clamp<int64_t>((room - s.y.reach()) / tall, 1, std::max<int64_t>(1, s.images));
@@ -84,7 +59,7 @@ struct Plane {
 template <typename A>
 class ThinWeights {
  public:
-  ThinWeights(const A* w, const Shape& s, bool counting) : w_(w), s_(s), counting_(counting) {
+  ThinWeights(const A* w, const ThinShape& s, bool counting) : w_(w), s_(s), counting_(counting) {
     for (int64_t c = 0; c < s.channels; ++c) {
       bool read = false;
       for (int64_t r = 0; r < s.rows && !read; ++r) read = count(r, c) > 0;
@@ -220,7 +195,7 @@ class ThinWeights {
   static constexpr double kShared = 1.2;
 
   const A* w_;
-  const Shape& s_;
+  const ThinShape& s_;
   bool counting_;
   std::vector<int64_t> counts_;
 };
@@ -228,7 +203,7 @@ class ThinWeights {
 template <typename A>
 class Convolution {
  public:
-  Convolution(const Shape& s, const ThinWeights<A>& w, const Layout& layout,
+  Convolution(const ThinShape& s, const ThinWeights<A>& w, const Layout& layout,
               const ThinKernels<A>& kernels, const A* x, const A* bias, A* y)
       : s_(s),
         w_(w),
@@ -323,7 +298,7 @@ class Convolution {
     }
   }
 
-  const Shape& s_;
+  const ThinShape& s_;
   const ThinWeights<A>& w_;
   const std::vector<Plane> planes_;
   const Layout& layout_;
@@ -333,7 +308,7 @@ class Convolution {
 };
 
 template <typename A>
-void convolve(const Shape& s, bool counting, const Tensor& x, const Tensor& w,
+void convolve(const ThinShape& s, bool counting, const Tensor& x, const Tensor& w,
               const OptionalTensor& bias, const Tensor& y) {
   const auto kernels = PP_BY_ISA(thin_kernels<A>)();
   ThinWeights<A> weights(static_cast<const A*>(w.const_data_ptr()), s, counting);
@@ -357,31 +332,22 @@ void convolve(const Shape& s, bool counting, const Tensor& x, const Tensor& w,
 
 Tensor thin_convolution(const Tensor& x, const Tensor& w, const OptionalTensor& bias,
                         int64_t stride_y, int64_t stride_x, int64_t padding_y, int64_t padding_x,
-                        int64_t dilation_y, int64_t dilation_x, bool counting) {
-  const auto type = x.scalar_type();
-  if (x.dim() != 4 || (type != ScalarType::Float && type != ScalarType::Double)) {
-    refuse(kOp, "x", "float32 or float64 [N, C, H, W]", describe(x));
-  }
+                        int64_t dilation_y, int64_t dilation_x, bool counting,
+                        const OptionalTensor& mask) {
+  check_images(kOp, x);
   if (w.dim() != 4 || w.numel() == 0) {
     refuse(kOp, "w", "[O, C, height, width], none of them 0", describe(w));
   }
+  const auto type = x.scalar_type();
   check_tensor(kOp, "w", w, type, {w.size(0), x.size(1), w.size(2), w.size(3)}, x);
   if (bias) check_tensor(kOp, "bias", *bias, type, {w.size(0)}, x);
-  check_at_least(kOp, "stride_y", stride_y, 1);
-  check_at_least(kOp, "stride_x", stride_x, 1);
-  check_at_least(kOp, "padding_y", padding_y, 0);
-  check_at_least(kOp, "padding_x", padding_x, 0);
-  check_at_least(kOp, "dilation_y", dilation_y, 1);
-  check_at_least(kOp, "dilation_x", dilation_x, 1);
-  const Shape s = {x.size(0),
-                   x.size(1),
-                   w.size(0),
-                   {x.size(2), w.size(2), stride_y, padding_y, dilation_y},
-                   {x.size(3), w.size(3), stride_x, padding_x, dilation_x}};
-  const auto reads = [](const Axis& a) { return a.dilation * (a.kernel - 1) + 1; };
-  if (reads(s.y) > s.y.size + 2 * padding_y || reads(s.x) > s.x.size + 2 * padding_x) {
-    refuse(kOp, "x", "images no smaller than the kernel", describe(x));
+  if (mask) {  // it is the gradient that reads it
+    const int64_t words = words_of(w.numel() / w.size(0));
+    check_tensor(kOp, "mask", *mask, ScalarType::Short, {1, w.size(0), words}, x);
   }
+  const ThinShape s =
+      check_thin(kOp, x, w.size(0), w.size(2), w.size(3),
+                 {stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x});
   const Tensor y = new_tensor(x, {s.images, s.rows, s.y.out(), s.x.out()}, type);
   if (s.images == 0) return y;
   const Tensor from = torch::stable::contiguous(x), weight = torch::stable::contiguous(w);

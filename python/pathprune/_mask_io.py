@@ -1,4 +1,4 @@
-"""What passes between masks and the world: their bits, their file, and the parameters they are written to.
+"""What passes between masks and the world: their bits and their file.
 
 A mask of n weights is a uint8 tensor [ceil(n / 8)] on the CPU: bit i of byte j is flat index 8 j + i, and the
 bits beyond n are zero. Everything here walks over a tensor in pieces, so that no temporary grows with it.
@@ -13,18 +13,13 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
-
-from .distributed import whole
-from .stores import held, is_offloaded
-from .structure import require_shapes
+from torch import Tensor
 
 PIECE = 1 << 20  # weights handled at once: a multiple of 8, and small enough for no temporary to matter
 FORMAT = "pathprune.masks"
@@ -200,43 +195,6 @@ def scattered_bits(kept: int, total: int, seed: int) -> Tensor:
     return packed
 
 
-def base_hash(
-    model: nn.Module | Mapping[str, Tensor], names: Iterable[str], used: Callable[[str], None] = lambda name: None
-) -> str:
-    """Fingerprint of dense weights: blake2b over name, shape, dtype and values of each, in order of name.
-
-    Neither the device nor the strides of a weight matter, nor over which ranks it is spread (one is gathered at a
-    time); its dtype and each of its bits do.
-
-    Args:
-        model: holds a parameter of each name; or those tensors, by name.
-        names: fully-qualified parameter names, in any order.
-        used: called with each name when its weight has been read.
-
-    Returns:
-        "blake2b:" and 32 hexadecimal digits.
-
-    Raises:
-        KeyError: the model has no parameter of that name.
-        ValueError: a parameter is on the meta device: it has no values.
-    """
-    parameters = dict(model.named_parameters(remove_duplicate=False)) if isinstance(model, nn.Module) else model
-    wanted = sorted(names)
-    if isinstance(model, nn.Module) and any(parameters[name].is_meta for name in wanted) and is_offloaded(model):
-        parameters = {**parameters, **held(model)}
-    digest = hashlib.blake2b(digest_size=16)
-    for name in wanted:
-        if parameters[name].is_meta:
-            raise ValueError(f"base_hash: {name}: wanted a weight with values, got one on the meta device")
-        weight = whole(parameters[name])
-        digest.update(json.dumps([name, list(weight.shape), str(weight.dtype)]).encode())
-        for _, piece in flat_pieces(weight):
-            values = piece.reshape(-1).cpu().contiguous().view(torch.uint8)
-            digest.update(values.numpy().data)
-        used(name)
-    return f"blake2b:{digest.hexdigest()}"
-
-
 def write_masks(path: str | os.PathLike[str], layers: Layers, metadata: dict[str, Any]) -> None:
     """Writes a safetensors file, or nothing at all; metadata must be JSON-able.
 
@@ -352,78 +310,6 @@ def listed(label: str, names: Sequence[str]) -> str:
     """ "label a, b, c and 4 more", or "" if there are no names."""
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return f"{label} {', '.join(names[:5])}{more}" if names else ""
-
-
-@dataclass(frozen=True)
-class Difference:
-    """What sets masks and a model apart; `str()` says it in words."""
-
-    absent: tuple[str, ...] = ()  # masks whose weight the model does not have
-    unmasked: tuple[str, ...] = ()  # weights of the model without a mask: no fault, they stay dense
-    shapes: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...] = ()  # (name, mask's, model's)
-    base: tuple[str, str] | None = None  # base_hash (of the metadata, of the model) where they differ
-    hint: str = ""
-
-    def __str__(self) -> str:
-        shapes = [f"{name} (mask {list(mask)}, model {list(model)})" for name, mask, model in self.shapes]
-        lines = [
-            listed("the model has no", self.absent),
-            listed("other shapes:", shapes),
-            listed("weights of the model without a mask:", self.unmasked),
-            f"base weights: masks made on {self.base[0]}, model has {self.base[1]}" if self.base else "",
-            self.hint,
-        ]
-        return "; ".join(line for line in lines if line) or "no difference"
-
-
-def naming_hint(absent: Sequence[str], present: Mapping[str, object]) -> str:
-    """Why the model may know the first absent name by another one."""
-    for name in absent[:1]:
-        if f"{name}_orig" in present:
-            return "the model is under torch.nn.utils.prune, which renames weights: remove that first"
-        for other in present:
-            if other.endswith(f".{name}"):
-                return f"its names begin with {other.removesuffix(name)!r}: pass the wrapped model"
-            if name.endswith(f".{other}"):
-                return f"the masks' names begin with {name.removesuffix(other)!r}: they are of a wrapped model"
-    return ""
-
-
-def dense_weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters of two or more dimensions, tied ones once, except those that only embeddings hold."""
-    used = {
-        weight
-        for module in model.modules()
-        if not isinstance(module, (nn.Embedding, nn.EmbeddingBag))
-        for weight in module._parameters.values()
-    }
-    return {name: weight for name, weight in model.named_parameters() if weight.ndim >= 2 and weight in used}
-
-
-def compare(model: nn.Module, shapes: Mapping[str, Sequence[int]], recorded: str | None) -> Difference:
-    """What sets masks and a model apart.
-
-    Args:
-        shapes: of the masks.
-        recorded: hash of the weights they were made on; None: not compared, and neither where names or shapes
-            differ or a weight is on the meta device.
-    """
-    present = dict(model.named_parameters(remove_duplicate=False))
-    require_shapes({name: present[name] for name in shapes if name in present}, "masks")
-    absent = [name for name in shapes if name not in present]
-    other = [
-        (name, tuple(shape), tuple(present[name].shape))
-        for name, shape in shapes.items()
-        if name in present and tuple(present[name].shape) != tuple(shape)
-    ]
-    covered = {present[name] for name in shapes if name in present}
-    unmasked = [name for name, weight in dense_weights(model).items() if weight not in covered]
-    base = None
-    has_values = is_offloaded(model) or not any(weight.is_meta for weight in covered)
-    if recorded and not absent and not other and has_values:
-        found = base_hash(model, shapes)
-        base = (recorded, found) if found != recorded else None
-    return Difference(tuple(absent), tuple(unmasked), tuple(other), base, naming_hint(absent, present))
 
 
 def provenance(operation: str, operands: Sequence[Any], **facts: Any) -> dict[str, Any]:

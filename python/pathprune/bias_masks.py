@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from ._mask_io import base_hash
+from .belonging import base_hash
 from .masks import Masks
 
 

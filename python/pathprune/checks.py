@@ -25,6 +25,8 @@ _LEAST = {
     "stride": 1,
     "n": 0,
     "offset": 0,
+    "kernel_y": 1,
+    "kernel_x": 1,
     "stride_y": 1,
     "stride_x": 1,
     "padding_y": 0,
@@ -78,7 +80,7 @@ def check_arguments(op: str, given: Mapping[str, Any]) -> None:
     if op.startswith("tiled_"):
         _check_tiled(op, given)
         return
-    if op == "thin_convolution":
+    if op.startswith("thin_"):
         _check_thin(op, given)
         return
     if "weight" in given:
@@ -300,15 +302,29 @@ def _check_sparse_values(
 
 
 def _check_thin(op: str, given: Mapping[str, Any]) -> None:
-    """Images and kernels that a convolution with stride 1 has outputs for."""
-    x, w = given["x"], given["w"]
+    """Images and kernels that a convolution has outputs for; the mask of the kernels; `g` for every output."""
+    x = given["x"]
     if x.dim() != 4 or x.dtype not in (torch.float32, torch.float64):
         refuse(op, "x", "float32 or float64 [N, C, H, W]", x)
-    if w.dim() != 4 or w.numel() == 0:
-        refuse(op, "w", "[O, C, height, width], none of them 0", w)
-    _check_tensor(op, "w", w, x.dtype, (w.shape[0], x.shape[1], *w.shape[2:]), x.device)
-    if given["bias"] is not None:
-        _check_tensor(op, "bias", given["bias"], x.dtype, w.shape[:1], x.device)
-    for size, k, axis in zip(x.shape[2:], w.shape[2:], "yx", strict=True):
-        if size + 2 * given[f"padding_{axis}"] <= given[f"dilation_{axis}"] * (k - 1):
+    if "w" in given:
+        w = given["w"]
+        if w.dim() != 4 or w.numel() == 0:
+            refuse(op, "w", "[O, C, height, width], none of them 0", w)
+        rows, kernel = w.shape[0], w.shape[2:]
+        _check_tensor(op, "w", w, x.dtype, (rows, x.shape[1], *kernel), x.device)
+        if given["bias"] is not None:
+            _check_tensor(op, "bias", given["bias"], x.dtype, (rows,), x.device)
+    else:
+        if given["g"].dim() != 4:
+            refuse(op, "g", "[N, O, H', W']", given["g"])
+        rows, kernel = given["g"].shape[1], torch.Size((given["kernel_y"], given["kernel_x"]))
+    outputs = []
+    for size, k, axis in zip(x.shape[2:], kernel, "yx", strict=True):
+        free = size + 2 * given[f"padding_{axis}"] - given[f"dilation_{axis}"] * (k - 1) - 1
+        if free < 0:
             refuse(op, "x", "images no smaller than the kernel", x)
+        outputs.append(free // given[f"stride_{axis}"] + 1)
+    if "g" in given:
+        _check_tensor(op, "g", given["g"], x.dtype, (x.shape[0], rows, *outputs), x.device)
+    if given["mask"] is not None:
+        _check_tensor(op, "mask", given["mask"], torch.int16, (1, rows, words(x.shape[1] * kernel.numel())), x.device)

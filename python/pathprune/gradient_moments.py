@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._mask_io import dense_weights
 from .batches import Data, require_reiterable, runs_on, stream
+from .belonging import dense_weights
 from .masks import Masks
 from .surroundings import device_of_caller, undisturbed
 

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from pathprune import _mask_io as bits
 from pathprune import torch_prune
-from pathprune._mask_io import Count, Difference, MaskFileError, MaskMismatchError, Width, listed
+from pathprune._mask_io import Count, MaskFileError, MaskMismatchError, Width, listed
+from pathprune.belonging import Difference, compare, dense_weights
 from pathprune.distributed import is_spread, local, placed_like, reshard, whole
 from pathprune.maintenance import Maintenance, write_zeros
 from pathprune.stores import copies, require_apart, written
@@ -128,7 +129,7 @@ class Masks(Mapping[str, Tensor]):
                 but those that only embeddings hold. A tied one is covered once, under its first name.
         """
         if isinstance(weights, nn.Module):
-            weights = {name: weight.shape for name, weight in bits.dense_weights(weights).items()}
+            weights = {name: weight.shape for name, weight in dense_weights(weights).items()}
         layers: bits.Layers = {}
         for name, sizes in weights.items():
             total = math.prod(sizes)
@@ -148,7 +149,7 @@ class Masks(Mapping[str, Tensor]):
             ValueError: a parameter is on the meta device.
         """
         reshard(model)
-        weights = bits.dense_weights(model)
+        weights = dense_weights(model)
         if names is not None:
             parameters = dict(model.named_parameters(remove_duplicate=False))
             weights = {name: parameters[name] for name in names}
@@ -367,14 +368,10 @@ class Masks(Mapping[str, Tensor]):
     # On a model.
 
     def difference(self, model: nn.Module, *, base: bool = True) -> Difference:
-        """What sets these masks and a model apart.
-
-        Args:
-            base: also hash the covered weights, if the masks recorded a hash; reads all of them.
-        """
+        """What sets these masks and a model apart; `base`: the weights too, of which masks record a hash."""
         require_module(model, "masks")
         reshard(model)
-        return bits.compare(model, self._shapes(), self.metadata.get("base_hash") if base else None)
+        return compare(model, self._shapes(), self.metadata.get("base_hash") if base else None)
 
     def check(self, model: nn.Module, *, strict: bool = True, base: OnOtherBase = "warn") -> Difference:
         """Refuses a model that these masks do not fit; writes nothing.

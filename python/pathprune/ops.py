@@ -41,6 +41,7 @@ from .reference import PADDING, WeightMap, histogram_bits, map_slope
 __all__ = [
     "WeightMap",
     "compact_weight",
+    "fingerprint",
     "gumbel_keys",
     "kth_largest",
     "mask_count",
@@ -78,6 +79,7 @@ SCHEMAS: dict[str, str] = {
     "mask_pack": "(Tensor bits) -> Tensor",
     "mask_unpack": "(Tensor mask, int columns) -> Tensor",
     "mask_count": "(Tensor mask) -> Tensor",
+    "fingerprint": "(Tensor tensor) -> Tensor",
     "compact_weight": f"(Tensor weight, Tensor mask, {_PACKED}) -> (Tensor values, Tensor starts)",
     "kth_largest": "(Tensor values, int k) -> Tensor",
     "gumbel_keys": "(Tensor scores, int exponent, float temperature_inverse, int seed, int offset) -> Tensor",
@@ -147,6 +149,7 @@ _FAKES: dict[str, Callable[[Any], Any]] = {
     "mask_pack": lambda a: a.bits.new_empty((*a.bits.shape[:2], words(a.bits.shape[2])), dtype=torch.int16),
     "mask_unpack": lambda a: a.mask.new_empty((*a.mask.shape[:2], a.columns), dtype=torch.bool),
     "mask_count": lambda a: a.mask.new_empty((), dtype=torch.int64),
+    "fingerprint": lambda a: a.tensor.new_empty((), dtype=torch.int64),
     "compact_weight": _fake_compact,
     "kth_largest": lambda a: a.values.new_empty(()),
     "gumbel_keys": lambda a: a.scores.new_empty(a.scores.shape, dtype=torch.float64),
@@ -437,6 +440,15 @@ def mask_unpack(mask: Tensor, columns: int) -> Tensor:
 def mask_count(mask: Tensor) -> Tensor:
     """[] int64: the number of bits set in mask words [G, O, W] int16."""
     return _call("mask_count", mask)
+
+
+def fingerprint(tensor: Tensor) -> Tensor:
+    """[] int64: what tells the bits of `tensor` (any shape and dtype), in row-major order, from others.
+
+    The sum modulo 2^64 of SplitMix64 of its 64-bit words, each at its place: the same on every device and for any
+    number of threads. No protection against an adversary.
+    """
+    return _call("fingerprint", tensor)
 
 
 def kth_largest(values: Tensor, k: int) -> Tensor:

@@ -4,6 +4,8 @@ Three exact ways, chosen by what is left: torch's own; torch's own on the channe
 weights are left, ``thin_convolution``, which skips zeros: a few images at a time are laid flat with their padding,
 channel after channel, so that what a kernel entry reads is what the output reads, a fixed way further on.
 
+In training ``thin_sample`` sums the gradient by the weights that are left, and by no others.
+
 Bytes: the images once; their flat copy, a part of the cache, for every weight that is left; the outputs once.
 """
 
@@ -17,12 +19,14 @@ import torch
 from torch import Tensor
 
 from .ops import _LIBRARY
-from .sparse_ops import thin_convolution
+from .thin_ops import thin_convolution
 
 _CHANNELS = 0.8  # share of channel pairs left below which it pays to leave the dead ones out
 _ENTRIES = 0.65, 1.2  # share of weights left below which to skip zeros; of layers with few channels
 _FEW_CHANNELS = 24
 _PHASES = 0.4  # of that share, where a stride cuts images into phases
+_KEPT = 0.35  # share of weights left below which the gradient is computed for these alone ...
+_SETUP = 256  # ... where an entry's preparation takes no longer than so many outputs
 _SMALL = 1 << 22  # multiply-adds below which torch's own is quick enough
 
 _LIBRARY.define(
@@ -102,7 +106,7 @@ def _few(x: Tensor, shape: torch.Size, stride: Sequence[int]) -> float:
     if len(kernel) != 2 or (kernel.numel() == 1 and set(stride) == {1}):
         return 0.0
     sides = [(n // s, k // 2) for n, k, s in zip(x.shape[2:], kernel, stride, strict=True)]
-    padded = math.prod((n + k) / max(1, n) for n, k in sides)
+    padded = math.prod([(n + k) / max(1, n) for n, k in sides])
     phases = 1.0 if set(stride) == {1} else _PHASES
     return phases * _ENTRIES[min(shape[:2]) <= _FEW_CHANNELS] / padded**2.5
 
@@ -140,3 +144,11 @@ def expected_gain(w: Tensor, stride: Sequence[int], density: float) -> float:
 def is_thin(x: Tensor, shape: torch.Size, stride: Sequence[int], density: float) -> bool:
     """Whether ``thin_convolution`` should be faster than a dense one on these images."""
     return density < _few(x, shape, stride)
+
+
+def is_sampled(x: Tensor, shape: torch.Size, stride: Sequence[int], density: float) -> bool:
+    """Whether ``thin_sample`` should be faster than the gradient by all weights."""
+    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64) or len(shape) != 4:
+        return False
+    positions = x.shape[0] * math.prod([-(-n // s) for n, s in zip(x.shape[2:], stride, strict=True)])
+    return density * (positions + _SETUP) < _KEPT * positions

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._mask_io import base_hash
+from .belonging import base_hash
 from .checks import seed_of
 from .distributed import Group, is_distributed, ranks_of
 from .layers import layer_network

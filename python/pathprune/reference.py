@@ -54,6 +54,21 @@ def mask_count(mask: Tensor) -> Tensor:
     return mask_unpack(mask, mask.shape[2] * WORD).sum()
 
 
+def _shifted(x: Tensor, by: int) -> Tensor:
+    """int64 words as unsigned ones, shifted to the right."""
+    return (x >> by) & (2 ** (64 - by) - 1)
+
+
+def fingerprint(tensor: Tensor) -> Tensor:
+    """Any tensor -> [] int64: the sum of SplitMix64 of its 64-bit words and their places, modulo 2^64."""
+    data = torch.cat([tensor.detach().reshape(-1)]).view(torch.uint8)  # of one value, too, the stride is 1 now
+    words = torch.nn.functional.pad(data, (0, -len(data) % 8)).view(torch.int64)
+    x = words + torch.arange(1, len(words) + 1, device=words.device) * (0x9E3779B97F4A7C15 - 2**64)
+    x = (x ^ _shifted(x, 30)) * (0xBF58476D1CE4E5B9 - 2**64)
+    x = (x ^ _shifted(x, 27)) * (0x94D049BB133111EB - 2**64)
+    return (x ^ _shifted(x, 31)).sum()
+
+
 # ---- weights -------------------------------------------------------------------------------------
 
 

@@ -31,6 +31,7 @@ from . import _library, ops
 from ._mask_io import pack_bits
 from .distributed import Group, is_spread, local
 from .nodes import Synapse
+from .ops import WeightMap
 from .row_blocks import sum_over_rows
 from .scaled import Scaled, product
 from .select import Bracket
@@ -86,22 +87,22 @@ class ShardedWeight(Weight):
 
     # ------------------------------------------------------------------------------------------------- flow
 
-    def forward_rows(self, x: Tensor, turned: bool = False) -> Tensor:
+    def forward_rows(self, x: Tensor, turned: bool = False, f: WeightMap | None = None) -> Tensor:
         if self._is_gathered:
             return product(x, self._gathered_rows().transpose(1, 2))
         if self.transposed != turned:
             if self._sums_blocks(x):
                 self.settle()
-                return self._sum_of_rows(self._mine(x))
-            return self.group.sum_(super().forward_rows(self._mine(x), turned).contiguous())
-        return self.group.joined(super().forward_rows(x, turned), self.lengths, dim=2)
+                return self._sum_of_rows(self._mine(x), self.f if f is None else f)
+            return self.group.sum_(super().forward_rows(self._mine(x), turned, f).contiguous())
+        return self.group.joined(super().forward_rows(x, turned, f), self.lengths, dim=2)
 
     def _sums_blocks(self, flow: Tensor) -> bool:
         """Whether its sums over rows can be formed in the order of one process: see ``row_blocks``."""
         return self.streams(flow.shape[1]) and flow.device.type == "cpu" and _library.cpu_loaded
 
-    def _sum_of_rows(self, flow: Tensor) -> Tensor:
-        made = sum_over_rows(self.group, self._source(None, None, 0), self.shape[0], flow, self.f)
+    def _sum_of_rows(self, flow: Tensor, f: WeightMap) -> Tensor:
+        made = sum_over_rows(self.group, self._source(None, None, 0), self.shape[0], flow, f)
         self._read()
         return made
 
@@ -133,7 +134,7 @@ class ShardedWeight(Weight):
             if score and self.scored:
                 self._scores = self._source(x.tensor, left.tensor, int(x.exponent + g.exponent))
                 self._collected = None
-            return self._sum_of_rows(left.tensor)
+            return self._sum_of_rows(left.tensor, self.f)
         return self.group.sum_(super().backward_rows(x, left, guess, score, turned).contiguous())
 
     # ------------------------------------------------------------------------------------------------ masks

@@ -24,11 +24,12 @@ from .checks import accumulate_dtype, refuse, words
 from .exporting import canonical_names
 from .masked import PackedMask, expected_speedup, masked_matmul, pack_mask, unpack_layout
 from .masks import Masks
-from .pruned_convolution import expected_gain, is_thin
-from .sparse_ops import KERNELS, Pattern, sparse_matmul, thin_convolution
+from .pruned_convolution import expected_gain, is_sampled, is_thin
+from .sparse_ops import KERNELS, Pattern, sparse_matmul
 from .structure import require_module
 from .surroundings import undisturbed
 from .tables import percent, table
+from .thin_ops import thin_convolution
 
 __all__ = [
     "SparseConv2d",
@@ -177,7 +178,9 @@ class SparseConv2d(_Sparse):
         batched = x if x.dim() == 4 else x[None]
         if self._shifts(batched):
             (right, _, below, _) = dense._reversed_padding_repeated_twice
-            y = thin_convolution(batched, self.dense_weight(), self.bias, dense.stride, (below, right), dense.dilation)
+            mask = self.layout if is_sampled(batched, self._shape, dense.stride, self.density) else None
+            geometry = dense.stride, (below, right), dense.dilation
+            y = thin_convolution(batched, self.dense_weight(), self.bias, *geometry, False, mask)
             return y if x.dim() == 4 else y[0]
         kernel: Sequence[int] = self._shape[2:]
         mode = "constant" if dense.padding_mode == "zeros" else dense.padding_mode

@@ -23,7 +23,7 @@ CUDA alone, for all but float64. There every sum is formed in an order that the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -44,7 +44,6 @@ __all__ = [
     "sparse_matmul",
     "sparse_sample",
     "sparse_scatter",
-    "thin_convolution",
     "tile_starts",
     "tiled_matmul",
     "tiled_sample",
@@ -65,16 +64,41 @@ SCHEMAS: dict[str, str] = {
     "sparse_scatter": f"(Tensor values, {_ROWS}, int columns) -> Tensor",
     "tiled_matmul": f"(Tensor weight, Tensor x, bool transposed, {_TILES}) -> Tensor",
     "tiled_sample": f"(Tensor x, Tensor g, {_TILES}) -> Tensor",
-    "thin_convolution": "(Tensor x, Tensor w, Tensor? bias, int stride_y, int stride_x, int padding_y,"
-    " int padding_x, int dilation_y, int dilation_x, bool counting) -> Tensor",
 }
 
-for _name, _schema in SCHEMAS.items():
-    _LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(_name, torch.no_grad()(getattr(sparse_reference, _name)), "CompositeExplicitAutograd")
+_OPS: dict[str, Any] = {}
+_NAMES: dict[str, tuple[str, ...]] = {}  # of their arguments
+_EAGER: dict[str, Any] = {}  # their derivatives
 
-_OPS = {name: getattr(torch.ops.pathprune, name).default for name in SCHEMAS}
-_NAMES = {name: tuple(argument.name for argument in op._schema.arguments) for name, op in _OPS.items()}
+Derivative = tuple[Callable[..., Any], Callable[..., Any]]  # backward, and what saves for it
+
+
+def _register(
+    schemas: Mapping[str, str], fakes: Mapping[str, Callable[..., Any]], derivatives: Mapping[str, Derivative]
+) -> None:
+    """Declares ops whose definitions have their names in `sparse_reference`."""
+    for name, schema in schemas.items():
+        _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _LIBRARY.impl(name, torch.no_grad()(getattr(sparse_reference, name)), "CompositeExplicitAutograd")
+        _OPS[name] = getattr(torch.ops.pathprune, name).default
+        _NAMES[name] = tuple(argument.name for argument in _OPS[name]._schema.arguments)
+        torch.library.register_fake(f"pathprune::{name}", fakes[name], lib=_LIBRARY)
+    for name, (backward, save) in derivatives.items():
+        torch.library.register_autograd(f"pathprune::{name}", backward, setup_context=save, lib=_LIBRARY)
+        _EAGER[name] = _eager(name, backward, save)
+
+
+def _eager(name: str, backward: Callable[..., Any], save: Callable[..., Any]) -> Any:
+    """The same derivative as an autograd.Function, which takes a fraction of the time of what torch.library wraps."""
+
+    def forward(ctx: Any, *values: Any) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            made: Tensor = _OPS[name](*values)
+        save(ctx, values, made)
+        return made
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return type(name, (torch.autograd.Function,), members)
 
 
 class Pattern(NamedTuple):
@@ -137,12 +161,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
         (*x.shape[:2], columns if transposed else layout.shape[1])
     ),
     "tiled_sample": _fake_tiled_sample,
-    "thin_convolution": lambda x, w, bias, sy, sx, py, px, dy, dx, counting: torch.convolution(
-        x, w, bias, (sy, sx), (py, px), (dy, dx), False, (0, 0), 1
-    ).contiguous(),
 }
-for _name, _fake in _FAKES.items():
-    torch.library.register_fake(f"pathprune::{_name}", _fake, lib=_LIBRARY)
 
 
 # ---- autograd: each backward is built of the same ops, so it can be differentiated again -----------
@@ -248,56 +267,16 @@ def _tiled_sample_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, grad_g, *[None] * (len(_NAMES["tiled_sample"]) - 2)
 
 
-def _save_thin(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, w, bias, *ctx.geometry, _ = inputs
-    ctx.save_for_backward(x, w)
-    ctx.bias_sizes = None if bias is None else bias.shape
-
-
-def _thin_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """By the images, the convolution with the kernels turned round, as thin; by the weight, torch's own."""
-    (x, w), (*stride, padding_y, padding_x, dilation_y, dilation_x) = ctx.saved_tensors, ctx.geometry
-    around_y, around_x = dilation_y * (w.shape[2] - 1) - padding_y, dilation_x * (w.shape[3] - 1) - padding_x
-    is_thin = ctx.needs_input_grad[0] and min(around_y, around_x) >= 0 and stride == [1, 1]
-    wanted = [ctx.needs_input_grad[0] and not is_thin, ctx.needs_input_grad[1], ctx.needs_input_grad[2]]
-    geometry = (stride, [padding_y, padding_x], [dilation_y, dilation_x], False, [0, 0], 1)
-    made = torch.ops.aten.convolution_backward(grad, x, w, ctx.bias_sizes, *geometry, wanted)
-    grad_x, grad_w, grad_bias = made
-    if is_thin:
-        turned, around = w.flip(2, 3).transpose(0, 1), (around_y, around_x)
-        grad_x = _call("thin_convolution", grad, turned, None, 1, 1, *around, dilation_y, dilation_x, False)
-    return grad_x, grad_w, grad_bias, *[None] * 7
-
-
-_BACKWARDS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+_BACKWARDS: dict[str, Derivative] = {
     "sparse_matmul": (_matmul_backward, _save_matmul),
     "sparse_sample": (_sample_backward, _save_sample),
     "sparse_gather": (_gather_backward, _save_gather),
     "sparse_scatter": (_scatter_backward, _save_scatter),
     "tiled_matmul": (_tiled_matmul_backward, _save_tiled_matmul),
     "tiled_sample": (_tiled_sample_backward, _save_tiled_sample),
-    "thin_convolution": (_thin_backward, _save_thin),
 }
-for _name, (_backward, _save) in _BACKWARDS.items():
-    torch.library.register_autograd(f"pathprune::{_name}", _backward, setup_context=_save, lib=_LIBRARY)
+_register(SCHEMAS, _FAKES, _BACKWARDS)
 _LIBRARY.impl("sparse_index", torch.library.fallthrough_kernel, "Autograd")
-
-
-def _eager(name: str) -> Any:
-    """The same derivative as an autograd.Function, which takes a fraction of the time of what torch.library wraps."""
-    backward, save = _BACKWARDS[name]
-
-    def forward(ctx: Any, *values: Any) -> Tensor:
-        with torch._C._AutoDispatchBelowAutograd():
-            made: Tensor = _OPS[name](*values)
-        save(ctx, values, made)
-        return made
-
-    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    return type(name, (torch.autograd.Function,), members)
-
-
-_EAGER = {name: _eager(name) for name in _BACKWARDS}
 
 
 # ---- wrappers ------------------------------------------------------------------------------------
@@ -427,28 +406,3 @@ def tiled_sample(x: Tensor, g: Tensor, tiles: Tiles) -> Tensor:
         [stored] of x's dtype; where the tiles are of a dense weight, [G, O, K] with zeros off the mask.
     """
     return _call("tiled_sample", x, g, *tiles)
-
-
-def thin_convolution(
-    x: Tensor,
-    w: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int] = (1, 1),
-    counting: bool = False,
-) -> Tensor:
-    """A convolution whose time goes with the weights that are not zero; so does its gradient by x if stride is 1.
-
-    Args:
-        x: [N, C, H, W] float32 or float64; w: [O, C, kh, kw] and bias: [O] or None, of its type.
-        stride, padding, dilation: of height and width.
-        counting: w is 0 or 1. A row of w that has more ones than zeros is taken from the sum over the whole kernel and
-            all channels, which is one for all rows, by what it lacks: for x that are not negative.
-
-    Returns:
-        [N, O, H', W'], contiguous. Differentiable in x, w and bias. The same bits for any number of threads.
-
-    A product with a weight that is zero may be left out or made: infinite or NaN x may give NaN or not.
-    """
-    return _call("thin_convolution", x, w, bias, *stride, *padding, *dilation, counting)

@@ -130,7 +130,30 @@ def thin_convolution(
     dilation_y: int,
     dilation_x: int,
     counting: bool,
+    mask: Tensor | None,
 ) -> Tensor:
     """[N, O, H', W']: torch's own convolution."""
     geometry = ((stride_y, stride_x), (padding_y, padding_x), (dilation_y, dilation_x), False, (0, 0), 1)
     return torch.convolution(x, w, bias, *geometry).contiguous()
+
+
+@checked
+def thin_sample(
+    x: Tensor,
+    g: Tensor,
+    mask: Tensor,
+    kernel_y: int,
+    kernel_x: int,
+    stride_y: int,
+    stride_x: int,
+    padding_y: int,
+    padding_x: int,
+    dilation_y: int,
+    dilation_x: int,
+) -> Tensor:
+    """[O, C, kernel_y, kernel_x]: torch's own gradient by the weight where the mask has ones, zeros elsewhere."""
+    shape = (g.shape[1], x.shape[1], kernel_y, kernel_x)
+    geometry = ((stride_y, stride_x), (padding_y, padding_x), (dilation_y, dilation_x), False, (0, 0), 1)
+    w = x.new_empty(1).expand(shape)
+    made = torch.ops.aten.convolution_backward(g, x, w, None, *geometry, [False, True, False])[1]
+    return torch.where(mask_unpack(mask, w[0].numel()).reshape(shape), made, 0)

@@ -126,27 +126,42 @@ class TangentFlow(PathFlow):
 
     def _forward_synapse(self, k: int, node: Synapse, entering: list[Scaled]) -> Scaled:
         weight, x = self.weights[node.weight], entering[0]
-        u, z = self._square(weight), self._direction(weight)
         if node.form.startswith("conv"):
             both = x.tensor.flatten(0, 2)  # [flow, derivative]
-            y = torch.convolution(both, u, None, *geometry_of(node))
-            if z is None:
-                y[1:] += self._summed_convolution(both[:1], u, node)
-            else:
-                y[1:] += torch.convolution(both[:1], z, None, *geometry_of(node))
-            result = y[None].unsqueeze(2)
+            y = self._both_convolved(both, weight, node)[None].unsqueeze(2)
             self._saved[k] = (both, x.exponent)
         else:
             rows = self._both_rows(x.tensor, node)
-            half = rows.shape[1] // 2
-            y = product(rows, self._matrix(u, weight, node))
-            y[:, half:] += rows[:, :half].sum(2, keepdim=True) if z is None else self._along_rows(rows, z, weight, node)
-            result = self._unrowed(y, None, x.tensor, node)
+            y = self._unrowed(self._both_through(rows, weight, node), None, x.tensor, node)
             self._saved[k] = (rows, x.exponent)
-        return self._normalised(result, x.exponent)
+        return self._normalised(y, x.exponent)
 
-    def _along_rows(self, rows: Tensor, z: Tensor, weight: Weight, node: Synapse) -> Tensor:
-        return product(rows[:, : rows.shape[1] // 2], self._matrix(z, weight, node))
+    def _both_convolved(self, both: Tensor, weight: Weight, node: Synapse) -> Tensor:
+        u, z = self._square(weight), self._direction(weight)
+        y = torch.convolution(both, u, None, *geometry_of(node))
+        if z is None:
+            y[1:] += self._summed_convolution(both[:1], u, node)
+        else:
+            y[1:] += torch.convolution(both[:1], z, None, *geometry_of(node))
+        return y
+
+    def _both_through(self, rows: Tensor, weight: Weight, node: Synapse) -> Tensor:
+        """[G, 2 T, in] -> [G, 2 T, out]"""
+        half = rows.shape[1] // 2
+        streams = self._along is None and weight.scored and weight.streams(rows.shape[1]) and not self._keeps
+        z = None if streams else self._direction(weight)
+        if streams:  # neither squares nor ones are written
+            y = weight.forward_rows(rows)
+        else:
+            y = product(rows, self._matrix(self._square(weight), weight, node))
+        flow = rows[:, :half]
+        if z is not None:
+            y[:, half:] += product(flow, self._matrix(z, weight, node))
+        elif weight.mask is not None and streams:
+            y[:, half:] += weight.forward_rows(flow, f=WeightMap.ONE)
+        else:
+            y[:, half:] += flow.sum(2, keepdim=True)
+        return y
 
     @staticmethod
     def _summed_convolution(x: Tensor, w: Tensor, node: Synapse) -> Tensor:

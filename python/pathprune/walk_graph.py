@@ -129,6 +129,13 @@ class WalkGraph:
     inputs: list[int] = field(default_factory=list)
     outputs: list[int] = field(default_factory=list)
 
+    @cached_property
+    def all_alive(self) -> bool:
+        """Whether every unit is on a path, also where it enters a synapse."""
+        units = [alive for side in (self.alive_ahead, self.alive_back) for alive in side.values()]
+        entered = [edge.back.counts > 0 for edges in self.back.values() for edge in edges]
+        return all(bool(alive.all()) for alive in units + entered)
+
     def enters(self, edge: Edge) -> int:
         """How many units there are at the end of an edge."""
         return self.sites[edge.target].entering if edge.target in self.sites else self.units[edge.target]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import walk_ops
+from ._mask_io import unpack_mask
 from .network import PathNetwork
 
 _OVERSHOOT = 1.03  # walks of a batch over the estimate, so that one batch is usually enough
@@ -125,7 +126,7 @@ class WalkMasks(ABC):
                 self._check_reachable(target, marked, walks)
             while marked < target:
                 if not len(ahead_of_time):
-                    if allowed is None and walks > 2 * _needed(expected, target):
+                    if walks and allowed is None and walks > 2 * _needed(expected, target):
                         self._check_reachable(target, marked, walks)
                         allowed = math.ceil(_PATIENCE * max(_needed(expected, target), _LEAST_BATCH))
                     if allowed is not None and walks >= allowed:
@@ -191,10 +192,7 @@ class WalkMasks(ABC):
 
     def bits(self, marked: Marked, name: str) -> Tensor:
         """The mask of a weight, bool of its shape."""
-        shape = self.network.tensors[name].shape
-        flat = self.packed(marked, name)
-        bools = (flat[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
-        return bools.flatten()[: shape.numel()].bool().reshape(shape)
+        return unpack_mask(self.packed(marked, name), self.network.tensors[name].shape)
 
 
 def _needed(expected: Callable[[float], float], target: float) -> float:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ._mask_io import flat_pieces
 from .distributed import ALONE, Gathered, Group
-from .walk_graph import Edge, Site, WalkGraph
+from .walk_graph import Edge, Links, Site, WalkGraph
 from .walk_reference import fixed_rows, powered
 
 
@@ -122,6 +122,8 @@ class Chances:
 
     def gain(self, site: Site, ahead: bool) -> Tensor | None:
         """[targets] float64: 0 for units that lead nowhere; None where all lead on."""
+        if self.graph.all_alive:
+            return None
         if ahead:
             alive = self.graph.alive_ahead[site.node]
         else:
@@ -282,12 +284,16 @@ class Chances:
             if edge is None:
                 is_open.append(torch.ones(self.graph.units[k], dtype=torch.bool))
                 continue
-            links = edge.ahead if ahead else edge.back
-            is_open.append(links.only(self.alive(edge, ahead)).counts > 0)
+            is_open.append(self.links(edge, ahead).counts > 0)
         opened = torch.stack(is_open, 1) if ways else torch.zeros(self.graph.units[k], 0, dtype=torch.bool)
         weights = torch.stack(columns, 1) * opened if ways else torch.zeros(self.graph.units[k], 0).double()
         empty = (weights == 0).all(1, keepdim=True)
         return ways, torch.where(empty, opened.double(), weights)
+
+    def links(self, edge: Edge, ahead: bool) -> Links:
+        """The links of an edge to units that lead on."""
+        links = edge.ahead if ahead else edge.back
+        return links if self.graph.all_alive else links.only(self.alive(edge, ahead))
 
     def alive(self, edge: Edge, ahead: bool) -> Tensor:
         """Which units at the end of an edge lead on."""
@@ -337,7 +343,7 @@ class Chances:
 
     def _pass(self, edge: Edge, amount: Tensor, arrived: dict[int, Tensor], ahead: bool) -> None:
         """Spreads what takes an edge evenly over the units that each unit is linked to."""
-        links = (edge.ahead if ahead else edge.back).only(self.alive(edge, ahead))
+        links = self.links(edge, ahead)
         source = torch.repeat_interleave(torch.arange(len(links.start) - 1), links.counts)
         each = amount / links.counts.clamp(min=1)
         end = edge.target if ahead else edge.source

@@ -29,7 +29,7 @@ from .walk_masks import WalkMasks
 from .walk_reference import powered
 from .walk_tables import Chances, Table
 
-_SAMPLE = 1024  # weights of a tensor that the number of walks is estimated from
+_SAMPLE = 512  # weights of a tensor that the number of walks is estimated from
 
 
 @dataclass(frozen=True)
@@ -135,8 +135,7 @@ class Walks(WalkMasks):
             crossing = _Crossing(ways, self._branch_table(self.chances.branch(k, ahead)[1]) if several else None)
             for place, edge in enumerate(crossing.ways):
                 if edge is not None:
-                    links = (edge.ahead if ahead else edge.back).only(self.chances.alive(edge, ahead))
-                    crossing.links[place] = self._link_table(links)
+                    crossing.links[place] = self._link_table(self.chances.links(edge, ahead))
             plan[k] = crossing
         return plan
 

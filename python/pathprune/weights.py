@@ -135,10 +135,11 @@ class Weight:
             and not self.form.startswith("conv")
         )
 
-    def forward_rows(self, x: Tensor, turned: bool = False) -> Tensor:
+    def forward_rows(self, x: Tensor, turned: bool = False, f: WeightMap | None = None) -> Tensor:
         """[G, T, in] -> [G, T, out]; applies a waiting cut on the way, in the same read where it can.
 
-        ``turned``: this use of a tied weight reads it the other way round than the first.
+        ``turned``: this use of a tied weight reads it the other way round than the first. ``f``: of a weight that
+        streams, another map than its own.
         """
         if not self.streams(x.shape[1]):
             pattern = self._sparse(x)
@@ -149,7 +150,7 @@ class Weight:
         waiting, kept = self._cut, self._scores
         if waiting is None or kept is None or kept.x is None or self.transposed:
             self.settle()
-            made = (self._stored(), self.mask, x, self.f, self.transposed)
+            made = (self._stored(), self.mask, x, self.f if f is None else f, self.transposed)
             onward = ops.path_flow_linear(*made, **self._packing())  # type: ignore[arg-type]
         else:
             bounds = waiting[0].local(kept, waiting[1])

@@ -135,12 +135,14 @@ class PHEW(Pruner):
             target = targets[which]
             packed = {}
             for weight in selection.weights:
-                whole = torch.ones(weight.shape, dtype=torch.bool)
-                mask = walks.bits(found[target], weight.name) if target in found else whole
-                if target in found and (asked := asking.drawn(weight.name, target - found[target].kept)) is not None:
-                    mask |= asked
-                weight.set_mask(mask.to(network.device))
-                packed[weight.name] = pack_bits(mask), mask.shape
+                if target not in found:
+                    bits = pack_bits(torch.ones(weight.shape, dtype=torch.bool))
+                else:
+                    bits = walks.packed(found[target], weight.name)
+                    if (asked := asking.drawn(weight.name, target - found[target].kept)) is not None:
+                        bits |= asked
+                weight.set_mask(unpack_mask(bits, weight.shape, network.device))
+                packed[weight.name] = bits, weight.shape
             on_snapshot(which)
             masks = Masks.from_packed(packed)
             details = {**self._details(network, masks, found.get(target), target), "quantised_to_zero": lost}
@@ -189,7 +191,7 @@ class _Asking:
             first += network.tensors[name].numel()
 
     def drawn(self, name: str, count: int) -> torch.Tensor | None:
-        """Of ``count`` in all, those of one tensor, in its share; those of fewer are among those of more."""
+        """Of ``count`` in all, the bits of one tensor's share; those of fewer are among those of more."""
         if name not in self._bits:
             return None
         bits, mine, before = self._bits[name]
@@ -200,7 +202,7 @@ class _Asking:
         keys = keys.masked_fill_(~unpack_mask(bits, tensor.shape), -torch.inf).flatten()
         mask = torch.zeros(keys.shape, dtype=torch.bool)
         mask[keys.topk(share).indices] = True
-        return mask.reshape(tensor.shape)
+        return pack_bits(mask)
 
 
 def _least_and_mean(visits: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, float]]:
