@@ -178,6 +178,11 @@ def test_files(tmp_path: Path) -> None:
     assert isinstance(other[3], pp.SparseConv2d)
     x = torch.randn(3, 512)
     assert torch.equal(other(x), model(x))
+    for again in (model, other):  # with the mask it has, which the layer has packed and used
+        again.load_state_dict(model.state_dict())
+        assert torch.equal(again(x), model(x))
+    dense = nn.Sequential(nn.Linear(512, 512), nn.Flatten(1), nn.Unflatten(1, (2, 16, 16)), nn.Conv2d(2, 4, 3))
+    assert torch.equal(pp.load_sparse(dense, path)(x), model(x))
     wrong = nn.Sequential(nn.Embedding(512, 512))
     with pytest.raises(ValueError, match="load_sparse: 0: wanted a Linear"):
         pp.load_sparse(wrong, path)

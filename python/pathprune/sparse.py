@@ -138,6 +138,7 @@ class _Sparse(nn.Module):
             self._adopt(unpack_layout(layout.to(self.layout.device), self._columns))
             _refill(self.weight, self.weight.new_zeros(self.column_index.shape[0]))
         super()._load_from_state_dict(state, prefix, *rest)
+        self._mask = None  # the layout has been written to, with what it was
 
     def _restored(self) -> nn.Module:
         """The original module, with its parameters as they are now."""
