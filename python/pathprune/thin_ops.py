@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .ops import mask_unpack
-from .sparse_ops import Derivative, _call, _register
+from .sparse_ops import Derivative, _call, _register, linear
 
 __all__ = ["thin_convolution", "thin_sample"]
 
@@ -95,9 +95,18 @@ def _thin_sample_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, grad_g, *[None] * 9
 
 
-_BACKWARDS: dict[str, Derivative] = {
-    "thin_convolution": (_thin_backward, _save_thin),
-    "thin_sample": (_thin_sample_backward, _save_thin_sample),
+def _thin_along(values: list[Any], place: int, tangent: Tensor) -> Tensor:
+    x, w, _, *geometry, _, mask = values
+    if place == 2:
+        return tangent[None, :, None, None].expand(_FAKES["thin_convolution"](*values).shape)
+    images, weight = (tangent, w) if place == 0 else (x, tangent)
+    moved: Tensor = _call("thin_convolution", images, weight, None, *geometry, False, mask)
+    return moved
+
+
+_BACKWARDS = {
+    "thin_convolution": Derivative(_thin_backward, _save_thin, _thin_along),
+    "thin_sample": Derivative(_thin_sample_backward, _save_thin_sample, linear("thin_sample")),
 }
 _register(SCHEMAS, _FAKES, _BACKWARDS)
 
