@@ -357,8 +357,8 @@ def masked_matmul(
     """x (W . M)^T + b, computed where the mask is one, as are its gradients.
 
     dX = dY (W . M); dW = (dY^T X) . M, and exactly 0 off the mask. Differentiable twice and more, backward and
-    forward, and under torch.func. Under autocast x and the weight are cast as for `F.linear`. On the CPU the result is the
-    same for any number of threads.
+    forward, and under torch.func. Under autocast x and the weight are cast as for `F.linear`. On the CPU the result
+    is the same for any number of threads.
 
     Args:
         x: [..., in] float32, bfloat16, float16 (sums in float32) or float64; any strides, batch 0.
