@@ -12,6 +12,7 @@
 #include "core/fixed_cdf.h"
 #include "core/float_key.h"
 #include "core/isa.h"
+#include "core/natural_log.h"
 #include "core/philox.h"
 #include "core/select.h"
 
@@ -86,6 +87,13 @@ Array<double> philox_uniform53(uint64_t seed, const Array<uint64_t>& low, uint64
 // The uniform number of two given words, for the ends of its range.
 double uniform53_of_words(uint32_t word0, uint32_t word1) {
   return uniform53(PhiloxBlock{{word0, word1, 0, 0}});
+}
+
+Array<double> natural_log_of(const Array<double>& numbers) {
+  return map<double>(numbers, [](double number) {
+    require(number > 0 && std::isfinite(number), "natural_log: numbers: wanted finite ones > 0");
+    return natural_log(number);
+  });
 }
 
 // ---- fixed-point distributions --------------------------------------------------------------
@@ -210,6 +218,8 @@ PYBIND11_MODULE(_C, m) {
         py::arg("counter_high") = 0, "float64 in (0, 1), 53 random bits each, one per counter.");
   m.def("uniform53_of_words", uniform53_of_words, py::arg("word0"), py::arg("word1"),
         "The uniform number that two random words make.");
+  m.def("natural_log", natural_log_of, py::arg("numbers"),
+        "The natural logarithm of float64 numbers > 0, the same bits everywhere.");
   m.def("fixed_cdf", fixed_cdf, py::arg("weights"),
         "(uint64 inclusive prefix sums, scale or None where all weights are zero, number of\n"
         "non-zero weights that became 0): each weight becomes round(weight * 2**scale).");

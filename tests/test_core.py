@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import decimal
 import math
+import sys
 from fractions import Fraction
 from itertools import pairwise
 from types import ModuleType
@@ -99,6 +101,21 @@ def test_uniform53_is_its_definition_and_even() -> None:
 def test_uniform53_ends(word0: int, word1: int, value: float) -> None:
     assert core.uniform53_of_words(word0, word1) == value
     assert 0 < value < 1
+
+
+def test_natural_log_is_right_to_one_unit_in_the_last_place():
+    rng = np.random.default_rng(0)
+    near_one = 1 + rng.standard_normal(2000) * 2.0 ** rng.integers(-52, -1, 2000)
+    ends = [5e-324, sys.float_info.min, sys.float_info.max, 0.5**53, 1 - 0.5**53, 1.0, 1 + 0.5**52, 2**0.5, 0.5**0.5]
+    anywhere = np.ldexp(rng.uniform(1, 2, 3000), rng.integers(-1074, 1023, 3000))
+    numbers = np.concatenate([near_one[near_one > 0], ends, anywhere])
+    with decimal.localcontext(prec=40):
+        exact = [decimal.Decimal(float(number)).ln() for number in numbers]
+        for found, wanted in zip(core.natural_log(numbers).tolist(), exact, strict=True):
+            assert abs(decimal.Decimal(found) - wanted) <= decimal.Decimal(math.ulp(float(wanted)))
+    for wrong in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match="natural_log: numbers"):
+            core.natural_log(np.array([wrong]))
 
 
 # ---- fixed-point distributions ------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import struct
 from typing import Any
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pathprune import reference
+from pathprune import _library, ops, reference
 from pathprune.reference import WeightMap
 
 SETTINGS = settings(max_examples=60, deadline=None)
@@ -266,6 +267,19 @@ def test_gumbel_keys(exponent: int, tau: float) -> None:
         else:
             expected = tau * (math.log(value) + exponent * math.log(2)) - math.log(-math.log(u))
             assert key == pytest.approx(expected, rel=1e-13, abs=1e-13)
+
+
+@pytest.mark.skipif(not _library.cpu_loaded, reason="torch has logarithms of its own")
+def test_gumbel_keys_are_the_same_everywhere(device: torch.device) -> None:
+    """Whatever the instruction set, the number of scores and the device: the bits of another machine."""
+    scores = torch.arange(1.0, 1001.0, device=device) / 7
+    keys = ops.gumbel_keys(scores, -3, 0.7, 11, 5)
+    assert hashlib.sha256(keys.cpu().numpy().tobytes()).hexdigest()[:16] == "ff24dd54940384db"
+    for count in (1, 63, 64, 65):
+        assert torch.equal(ops.gumbel_keys(scores[:count], -3, 0.7, 11, 5), keys[:count])
+    inside = ops.gumbel_keys(torch.tensor([math.inf, 0.0, 5e-324], dtype=torch.float64))
+    assert inside[:2].tolist() == [math.inf, -math.inf]
+    assert bool(inside[2].isfinite())
 
 
 def test_gumbel_keys_draw_in_proportion_to_the_scores() -> None:

@@ -12,6 +12,13 @@
 #define PP_HD inline __attribute__((always_inline))
 #endif
 
+// Before a short loop that is to be written out, so that what is around it can go by lanes.
+#if defined(__CUDACC__)
+#define PP_UNROLL _Pragma("unroll")
+#else
+#define PP_UNROLL _Pragma("GCC unroll 16")
+#endif
+
 namespace pathprune {
 
 PP_HD int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }

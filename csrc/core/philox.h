@@ -45,6 +45,7 @@ PP_HD PhiloxBlock philox(uint64_t seed, uint64_t counter_low, uint64_t counter_h
   PhiloxBlock block = {
       {static_cast<uint32_t>(counter_low), static_cast<uint32_t>(counter_low >> 32),
        static_cast<uint32_t>(counter_high), static_cast<uint32_t>(counter_high >> 32)}};
+  PP_UNROLL
   for (int i = 0; i < kPhiloxRounds; ++i) {
     block = philox_detail::round(block, key0, key1);
     key0 += kWeyl0;

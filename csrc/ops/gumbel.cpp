@@ -2,9 +2,9 @@
 
 #include "ops/gumbel.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <optional>
 #include <sstream>
 
 #include "glue/cpu.h"
@@ -13,22 +13,11 @@
 namespace pathprune {
 namespace {
 
-// Returns a score that is negative or NaN, if there is any.
+// A score that is negative or NaN, for the error that refuses it.
 template <typename W>
-std::optional<double> fill_keys(const void* data, int64_t count, const GumbelKeys& key_of,
-                                double* keys) {
+double refused_of(const void* data, int64_t count) {
   const W* scores = static_cast<const W*>(data);
-  std::atomic<int64_t> refused = -1;
-  constexpr int64_t kGrain = 1 << 12;
-  torch::stable::parallel_for(0, count, kGrain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const double score = widen(scores[i]);
-      if (!(score >= 0)) refused = i;
-      keys[i] = key_of(score, i);
-    }
-  });
-  if (refused < 0) return std::nullopt;
-  return widen(scores[refused]);
+  return widen(*std::find_if(scores, scores + count, [](W score) { return !(widen(score) >= 0); }));
 }
 
 }  // namespace
@@ -45,16 +34,23 @@ Tensor gumbel_keys(const Tensor& scores, int64_t exponent, double temperature_in
   const Tensor keys = torch::stable::new_empty(given, given.sizes(), ScalarType::Double);
   const GumbelKeys key_of = {exponent, temperature_inverse, static_cast<uint64_t>(seed),
                              static_cast<uint64_t>(offset)};
-  const auto fill = storage == Storage::kFloat32    ? fill_keys<float>
-                    : storage == Storage::kFloat64  ? fill_keys<double>
-                    : storage == Storage::kBfloat16 ? fill_keys<Bfloat16>
-                                                    : fill_keys<Float16>;
-  const std::optional<double> refused =
-      fill(given.const_data_ptr(), given.numel(), key_of, data_of<double>(keys));
-  if (refused) {
+  constexpr int64_t kGrain = 1 << 12;
+  std::atomic<bool> refuses = false;
+  torch::stable::parallel_for(0, given.numel(), kGrain, [&](int64_t begin, int64_t end) {
+    if (PP_BY_ISA(fill_keys)(given.const_data_ptr(), storage, begin, end - begin, key_of,
+                             data_of<double>(keys))) {
+      refuses = true;
+    }
+  });
+  if (refuses) {
+    const auto find = storage == Storage::kFloat32    ? refused_of<float>
+                      : storage == Storage::kFloat64  ? refused_of<double>
+                      : storage == Storage::kBfloat16 ? refused_of<Bfloat16>
+                                                      : refused_of<Float16>;
+    const double refused = find(given.const_data_ptr(), given.numel());
     std::ostringstream got;
-    got << *refused;
-    refuse(op, "scores", "numbers >= 0", std::isnan(*refused) ? "nan" : got.str());
+    got << refused;
+    refuse(op, "scores", "numbers >= 0", std::isnan(refused) ? "nan" : got.str());
   }
   return keys;
 }

