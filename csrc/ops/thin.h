@@ -8,7 +8,7 @@
 #include <cstdint>
 
 #include "core/isa.h"
-#include "ops/thin_tiling.h"
+#include "ops/thin_lanes.h"
 
 namespace pathprune {
 

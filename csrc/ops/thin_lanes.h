@@ -11,6 +11,11 @@ namespace pathprune {
 
 inline constexpr int kMostThinLanes = 16;
 
+// At most so many positions are worked on at once.
+struct ThinTileSize {
+  int64_t positions, width, height;
+};
+
 template <typename A>
 struct LaneKernels {
   int64_t lanes;

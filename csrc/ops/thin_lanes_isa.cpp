@@ -62,7 +62,7 @@ void lay(const A* const* from, int64_t count, int64_t width, int64_t pitch, A* t
       if (from[l]) {
         copy(stage.lane[l], from[l] + first, some);
       } else {
-        std::fill_n(stage.lane[l], some, A(0));
+        for (int64_t i = 0; i < some; i += kWide) store_vector(stage.lane[l] + i, Vector<A>{});
       }
     }
     for (int64_t i = 0; i < some; i += kWide) {

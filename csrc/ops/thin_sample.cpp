@@ -12,6 +12,7 @@
 #include "glue/cpu.h"
 #include "glue/cpu_ops.h"
 #include "glue/thin_arguments.h"
+#include "ops/thin_tiling.h"
 
 namespace pathprune {
 namespace {

@@ -8,7 +8,6 @@
 #include <cstdint>
 
 #include "core/isa.h"
-#include "ops/thin_tiling.h"
 
 namespace pathprune {
 

@@ -24,12 +24,6 @@ struct ThinLeft {
   int64_t rows, channels, entries;
 };
 
-// Positions that are worked on at once.
-struct ThinTileSize {
-  int64_t positions, width;
-  int64_t height;  // at most
-};
-
 // A tile's first position: where it is among the images laid out, and among outputs.
 struct ThinPlace {
   int64_t x, outer;
