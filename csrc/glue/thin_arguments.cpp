@@ -28,4 +28,10 @@ ThinShape check_thin(const char* op, const Tensor& x, int64_t rows, int64_t kern
   return s;
 }
 
+void check_reads(const char* op, const Tensor& x, const ThinTiling& tiling) {
+  if (tiling.x_plane > kMostThinNumbers) {
+    refuse(op, "x", "less than 2^31 numbers in the rows that a kernel reads", describe(x));
+  }
+}
+
 }  // namespace pathprune

@@ -4,6 +4,7 @@
 
 #include "glue/arguments.h"
 #include "ops/thin_shape.h"
+#include "ops/thin_tiling.h"
 
 namespace pathprune {
 
@@ -19,5 +20,8 @@ void check_images(const char* op, const Tensor& x);
 // have no outputs.
 ThinShape check_thin(const char* op, const Tensor& x, int64_t rows, int64_t kernel_y,
                      int64_t kernel_x, const ThinGeometry& geometry);
+
+// Refuses images of which a kernel would read more than 32-bit shifts reach.
+void check_reads(const char* op, const Tensor& x, const ThinTiling& tiling);
 
 }  // namespace pathprune

@@ -4,327 +4,216 @@
 #include "ops/thin.h"
 
 #include <algorithm>
-#include <cstring>
-#include <limits>
-#include <utility>
+#include <functional>
 #include <vector>
 
 #include "core/macros.h"
 #include "glue/cpu.h"
 #include "glue/cpu_ops.h"
 #include "glue/thin_arguments.h"
+#include "ops/thin_tiling.h"
 
 namespace pathprune {
 namespace {
 
 constexpr const char* kOp = "thin_convolution";
-constexpr int64_t kChunkBytes = 1 << 19;  // of images laid flat: half of a second-level cache
 
-// A few images, or some rows of the output of one, as they lie in a plane.
-struct Layout {
-  Layout(const ThinShape& s, int64_t planes, int64_t tile, int64_t bytes)
-      : wide(s.x.period()), tall(s.y.period()) {
-    const int64_t room = std::max<int64_t>(1, kChunkBytes / (planes * bytes * wide));  // rows
-    images = std::clamp<int64_t>((room - s.y.reach()) / tall, 1, std::max<int64_t>(1, s.images));
-    // fewer, where they fill tiles better
-    const auto waste = [&](int64_t n) {
-      const int64_t used = n * tall * wide;
-      return static_cast<double>(ceil_divide(used, tile) * tile) / static_cast<double>(used);
-    };
-    for (int64_t n = images; n > images / 2 && n > 0; --n) {
-      if (waste(n) < waste(images) - 0.01) images = n;
-    }
-    const int64_t least = ceil_divide(4 * tile, wide);
-    const int64_t most = std::max({room - s.y.reach(), least, int64_t{1}});
-    bands = images > 1 ? 1 : ceil_divide(s.y.out(), most);
-    band = ceil_divide(s.y.out(), bands);
-    const int64_t rows = (images - 1) * tall + band + s.y.reach();
-    // an odd number of cache lines: planes do not fall onto each other in the cache
-    const int64_t line = 64 / bytes;
-    plane = (ceil_divide(rows * wide + s.x.reach(), line) | 1) * line;
-  }
-
-  int64_t wide, tall;   // from a row, or an image, to the next
-  int64_t images;       // at once
-  int64_t bands, band;  // of output rows, if it is one
-  int64_t plane;        // from a channel to the next
-};
-
-// One channel of the images, every s-th row and column from these on.
-struct Plane {
-  int64_t channel, y, x;
-};
-
-// The weights without their zeros, and what of the images they read.
+// The weights without their zeros, by blocks of channels. Channels without any are left out.
 template <typename A>
 class ThinWeights {
  public:
-  ThinWeights(const A* w, const ThinShape& s, bool counting) : w_(w), s_(s), counting_(counting) {
+  ThinWeights(const A* w, const ThinShape& s, bool counting) : counting(counting), w_(w), s_(s) {
     for (int64_t c = 0; c < s.channels; ++c) {
       bool read = false;
-      for (int64_t r = 0; r < s.rows && !read; ++r) read = count(r, c) > 0;
+      for (int64_t r = 0; r < s.rows && !read; ++r) read = count(at(r, c), s.kernel()) > 0;
       if (read) channels.push_back(c);
     }
-    counts_.resize(s.rows);
+    const int64_t whole = static_cast<int64_t>(channels.size()) * s.kernel();
     for (int64_t r = 0; r < s.rows; ++r) {
-      for (const int64_t c : channels) counts_[r] += count(r, c);
+      const int64_t ones = count(at(r, 0), s.channels * s.kernel());
+      lacks.push_back(counting && 2 * ones > whole);
+      entries_ += lacks.back() ? whole - ones : ones;
     }
   }
 
-  // What the live channels have for the kernel's entries.
-  std::vector<Plane> planes() const {
-    std::vector<Plane> found;
-    for (const int64_t c : channels) {
-      for (const auto& [y, x] : phases()) found.push_back({c, y, x});
-    }
-    return found;
+  ThinLeft left() const {
+    return {s_.rows + counting, static_cast<int64_t>(channels.size()), entries_};
   }
 
-  void lay_out(const Layout& layout) {
-    const auto parts = phases();
-    const int64_t live = static_cast<int64_t>(channels.size()), all = live * s_.kernel();
-    std::vector<int32_t> shift;
-    shift.reserve(all);
-    for (int64_t c = 0; c < live; ++c) {
-      for (int64_t tap = 0; tap < s_.kernel(); ++tap) {
-        const int64_t y = tap / s_.x.kernel, x = tap % s_.x.kernel;
-        const std::pair phase{s_.y.phase(y), s_.x.phase(x)};
-        const int64_t part = std::find(parts.begin(), parts.end(), phase) - parts.begin();
-        const int64_t plane = c * static_cast<int64_t>(parts.size()) + part;
-        shift.push_back(
-            static_cast<int32_t>(plane * layout.plane + s_.y.row(y) * layout.wide + s_.x.row(x)));
+  void lay_out(const ThinTiling& t) {
+    std::vector<int32_t> shift(t.block * s_.kernel());
+    for (int64_t i = 0; i < t.block * s_.kernel(); ++i) {
+      shift[i] = static_cast<int32_t>(i / s_.kernel() * t.x_plane + t.shift(i % s_.kernel()));
+    }
+    const auto live = static_cast<int64_t>(channels.size());
+    const int64_t whole = counting ? live * s_.kernel() : 0;
+    // with room for what is written and left behind
+    shifts.resize(entries_ + whole + 1);
+    values.resize(entries_ + whole + 1);
+    for (int64_t b = 0; b < t.blocks; ++b) {
+      const int64_t first = b * t.block, some = std::min(t.block, live - first);
+      for (int64_t r = 0; r < s_.rows; ++r) add(r, channels.data() + first, some, shift.data());
+      if (counting) {
+        begin.push_back(end_);
+        std::copy_n(shift.data(), some * s_.kernel(), shifts.data() + end_);
+        std::fill_n(values.data() + end_, some * s_.kernel(), A(1));
+        end_ += some * s_.kernel();
       }
     }
-    if (counting_) {
-      whole = {0, 1, {}, 0, all, 0};
-      shifts = shift;
-      values.assign(all, A(1));
-    }
-    for (int64_t r = 0; r < s_.rows;) r += add(r, shift);
+    begin.push_back(end_);
   }
 
+  // Those of the rows from one on, and a block; a last row, if counting, is the whole kernel.
+  ThinEntries<A> entries(int64_t block, int64_t row) const {
+    return {begin.data() + block * (s_.rows + counting) + row, shifts.data(), values.data()};
+  }
+
+  bool counting;
   std::vector<int64_t> channels;
-  std::vector<ThinRows> rows;
-  ThinRows whole = {};
+  std::vector<bool> lacks;     // rows that are what is left of the whole kernel
+  std::vector<int64_t> begin;  // of every block and row
   std::vector<int32_t> shifts;
   std::vector<A> values;
 
  private:
-  // The phases that the kernel reads, in the order of its entries.
-  std::vector<std::pair<int64_t, int64_t>> phases() const {
-    std::vector<std::pair<int64_t, int64_t>> found;
-    for (int64_t y = 0; y < s_.y.kernel; ++y) {
-      for (int64_t x = 0; x < s_.x.kernel; ++x) {
-        const std::pair phase{s_.y.phase(y), s_.x.phase(x)};
-        if (std::find(found.begin(), found.end(), phase) == found.end()) found.push_back(phase);
-      }
-    }
-    return found;
-  }
-
   const A* at(int64_t row, int64_t channel) const {
     return w_ + (row * s_.channels + channel) * s_.kernel();
   }
-  int64_t count(int64_t row, int64_t channel) const {
-    const A* from = at(row, channel);
-    return std::count_if(from, from + s_.kernel(), [](A value) { return value != 0; });
-  }
-  bool lacks(int64_t row) const {
-    return counting_ && 2 * counts_[row] > static_cast<int64_t>(channels.size()) * s_.kernel();
-  }
-  int64_t entries(int64_t row) const {
-    return lacks(row) ? static_cast<int64_t>(channels.size()) * s_.kernel() - counts_[row]
-                      : counts_[row];
+  static int64_t count(const A* from, int64_t size) {
+    return std::count_if(from, from + size, [](A value) { return value != 0; });
   }
 
-  // Adds this row, or this and the next; returns how many.
-  int64_t add(int64_t row, const std::vector<int32_t>& shift) {
-    const bool has_next = row + 1 < s_.rows;
-    if (has_next && entries(row) + entries(row + 1) > kShared * in_either(row)) {
-      append<2>(row, shift);
-      return 2;
-    }
-    append<1>(row, shift);
-    return 1;
-  }
-
-  int64_t in_either(int64_t row) const {
-    const A less0 = lacks(row), less1 = lacks(row + 1);
-    int64_t found = 0;
-    for (const int64_t c : channels) {
-      const A *a = at(row, c), *b = at(row + 1, c);
-      for (int64_t k = 0; k < s_.kernel(); ++k) found += (a[k] != less0) | (b[k] != less1);
-    }
-    return found;
-  }
-
-  template <int kRows>
-  void append(int64_t row, const std::vector<int32_t>& shift) {
-    const auto begin = static_cast<int64_t>(shifts.size());
-    ThinRows made = {row, kRows, {}, begin, begin, static_cast<int64_t>(values.size())};
-    A less[kRows];
-    for (int r = 0; r < kRows; ++r) {
-      made.lacks[r] = lacks(row + r);
-      less[r] = made.lacks[r];
-    }
-    // without a branch: every entry is written, and the next over it if it was zero
-    shifts.resize(begin + shift.size() + 1);
-    values.resize(made.values_begin + kRows * (shift.size() + 1));
-    int32_t* to = shifts.data() + begin;
-    A* value = values.data() + made.values_begin;
-    const int32_t* from = shift.data();
-    for (const int64_t c : channels) {
+  // Without a branch: every entry is written, and the next over it if it was zero.
+  void add(int64_t row, const int64_t* of, int64_t some, const int32_t* shift) {
+    begin.push_back(end_);
+    const A less = lacks[row];
+    int64_t end = end_;
+    for (int64_t i = 0; i < some; ++i) {
+      const A* from = at(row, of[i]);
       for (int64_t k = 0; k < s_.kernel(); ++k) {
-        bool any = false;
-        *to = *from++;
-        for (int r = 0; r < kRows; ++r) {
-          value[r] = at(row + r, c)[k] - less[r];
-          any |= value[r] != 0;
-        }
-        to += any;
-        value += any ? kRows : 0;
+        shifts[end] = *shift++;
+        values[end] = from[k] - less;
+        end += values[end] != 0;
       }
     }
-    made.end = to - shifts.data();
-    shifts.resize(made.end);
-    values.resize(made.values_begin + kRows * (made.end - begin));
-    rows.push_back(made);
+    end_ = end;
   }
-
-  // Two rows at once take so many times as long for an entry as one row for one.
-  static constexpr double kShared = 1.2;
 
   const A* w_;
   const ThinShape& s_;
-  bool counting_;
-  std::vector<int64_t> counts_;
+  int64_t entries_ = 0, end_ = 0;
 };
 
 template <typename A>
 class Convolution {
  public:
-  Convolution(const ThinShape& s, const ThinWeights<A>& w, const Layout& layout,
-              const ThinKernels<A>& kernels, const A* x, const A* bias, A* y)
-      : s_(s),
-        w_(w),
-        planes_(w.planes()),
-        layout_(layout),
-        kernels_(kernels),
-        x_(x),
-        bias_(bias),
-        y_(y) {}
+  using Chunk = ThinTiling::Chunk;
 
-  int64_t chunks() const { return ceil_divide(s_.images, layout_.images) * layout_.bands; }
-  int64_t scratch() const {
-    return static_cast<int64_t>(planes_.size()) * layout_.plane + kernels_.tile;
+  Convolution(const ThinWeights<A>& w, const ThinTiling& t, const LaneKernels<A>& lanes,
+              const ThinKernels<A>& kernels, const A* x, const A* bias, A* y)
+      : w_(w), t_(t), lanes_(lanes), kernels_(kernels), x_(x), y_(y), start_(t.shape.rows + 1) {
+    if (bias) std::copy_n(bias, t.shape.rows, start_.begin());
   }
 
-  // A chunk: images from `first` on, and of them the output rows from `top` on.
-  void run(int64_t chunk, A* flat, std::vector<ThinSegment>& segments, A* whole) const {
-    const int64_t first = chunk / layout_.bands * layout_.images;
-    const int64_t top = chunk % layout_.bands * layout_.band;
-    const int64_t images = std::min(layout_.images, s_.images - first);
-    const int64_t band = std::min(layout_.band, s_.y.out() - top);
-    const int64_t rows = (images - 1) * layout_.tall + band;
-    for (size_t i = 0; i < planes_.size(); ++i) {
-      lay_flat(planes_[i], first, images, top, rows + s_.y.reach(), flat + i * layout_.plane);
-    }
-    for (int64_t from = 0; from < rows * layout_.wide; from += kernels_.tile) {
-      ThinTile<A> tile = {w_.shifts.data(), w_.values.data(),
-                          flat + from,      whole,
-                          nullptr,          std::min(kernels_.tile, rows * layout_.wide - from)};
-      if (w_.whole.count) {
-        const ThinSegment all = {0, static_cast<int32_t>(tile.positions), 0};
-        tile.segments = &all;
-        tile.segment_count = 1;
-        tile.y = whole;
-        kernels_.multiply(&w_.whole, 1, tile);
+  // For so many rows at once.
+  int64_t scratch(int64_t rows) const {
+    return (rows + w_.counting) * t_.outer_plane + t_.block * t_.x_plane;
+  }
+
+  // A chunk of the outputs of some rows.
+  void run(int64_t chunk, int64_t first_row, int64_t end_row, A* y) const {
+    const Chunk c = t_.chunk(chunk);
+    const int64_t rows = end_row - first_row;
+    A* const x = y + (rows + w_.counting) * t_.outer_plane;
+    const auto live = static_cast<int64_t>(w_.channels.size());
+    for (int64_t b = 0; b < t_.blocks; ++b) {
+      const int64_t first = b * t_.block;
+      lay_channels(lanes_, t_, c, x_, w_.channels.data() + first, std::min(t_.block, live - first),
+                   x);
+      const A* start = b == 0 ? start_.data() : nullptr;
+      add_tiles(c, w_.entries(b, first_row), rows, start ? start + first_row : nullptr, x, y);
+      if (w_.counting) {
+        const int64_t whole = t_.shape.rows;
+        add_tiles(c, w_.entries(b, whole), 1, start ? start + whole : nullptr, x,
+                  y + rows * t_.outer_plane);
       }
-      cut(from, tile.positions, top, segments);
-      tile.bias = bias_;
-      tile.segments = segments.data();
-      tile.segment_count = static_cast<int64_t>(segments.size());
-      tile.plane = s_.plane();
-      tile.y = y_ + first * s_.rows * tile.plane;
-      kernels_.multiply(w_.rows.data(), static_cast<int64_t>(w_.rows.size()), tile);
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      A* const made = y + r * t_.outer_plane;
+      if (w_.lacks[first_row + r]) {
+        const A* const whole = y + rows * t_.outer_plane;
+        std::transform(made, made + t_.outer_plane, whole, made, std::plus<A>());
+      }
+      take(c, first_row + r, made);
     }
   }
 
  private:
-  // A plane of some images, with zeros around.
-  void lay_flat(const Plane& plane, int64_t first, int64_t images, int64_t top, int64_t rows,
-                A* to) const {
-    const int64_t before = s_.x.before();
-    const int64_t length = ceil_divide(s_.x.size - plane.x, s_.x.stride);
-    const int64_t height = ceil_divide(s_.y.size - plane.y, s_.y.stride);
-    int64_t image = 0, row = top - s_.y.before();
-    for (int64_t j = 0; j < rows; ++j, ++row, to += layout_.wide) {
-      if (row == layout_.tall) {
-        row = 0;
-        ++image;
-      }
-      if (row < 0 || row >= height || image >= images) {
-        std::fill_n(to, layout_.wide, A(0));
-        continue;
-      }
-      const int64_t of = (first + image) * s_.channels + plane.channel;
-      const A* from = x_ + (of * s_.y.size + row * s_.y.stride + plane.y) * s_.x.size + plane.x;
-      for (int64_t i = 0; i < before; ++i) to[i] = 0;
-      if (s_.x.stride == 1) {
-        std::memcpy(to + before, from, length * sizeof(A));
-      } else if (s_.x.stride == 2) {  // known to the compiler
-        for (int64_t i = 0; i < length; ++i) to[before + i] = from[2 * i];
-      } else {
-        for (int64_t i = 0; i < length; ++i) to[before + i] = from[i * s_.x.stride];
-      }
-      for (int64_t i = before + length; i < layout_.wide; ++i) to[i] = 0;
-    }
-    std::fill_n(to, s_.x.reach(), A(0));
+  void add_tiles(const Chunk& c, const ThinEntries<A>& w, int64_t rows, const A* start, const A* x,
+                 A* y) const {
+    t_.for_each_tile(c, [&](const ThinPlace& p) {
+      const ThinTile<A> tile = {x + p.x, y + p.outer, start,     t_.outer_plane, p.height,
+                                p.width, t_.x_pitch,  t_.x_step, t_.outer_pitch};
+      kernels_.add(w, rows, tile);
+    });
   }
 
-  // The parts of a tile that are outputs.
-  void cut(int64_t from, int64_t count, int64_t top, std::vector<ThinSegment>& segments) const {
-    segments.clear();
-    for (int64_t t = from; t < from + count;) {
-      const int64_t row = t / layout_.wide, x = t % layout_.wide;
-      const int64_t v = top + row, image = v / layout_.tall, y = v % layout_.tall;
-      const int64_t until = std::min(from + count, (row + 1) * layout_.wide);
-      if (y < s_.y.out() && x < s_.x.out()) {
-        const int64_t to = (image * s_.rows * s_.y.out() + y) * s_.x.out() + x;
-        const int64_t length = std::min(until - t, s_.x.out() - x);
-        segments.push_back({static_cast<int32_t>(t - from), static_cast<int32_t>(length), to});
+  // Writes a row's outputs.
+  void take(const Chunk& c, int64_t row, const A* made) const {
+    const ThinShape& s = t_.shape;
+    A* to[kMostThinLanes];
+    int64_t height[kMostThinLanes], level = c.height;
+    for (int64_t l = 0; l < t_.lanes; ++l) {
+      const auto lane = t_.lane(c, l);
+      const int64_t top = lane.first + c.top;
+      height[l] = lane.is_filled ? std::clamp<int64_t>(lane.end - top, 0, c.height) : 0;
+      to[l] = height[l] ? y_ + (lane.image * s.rows + row) * s.plane() + top * s.x.out() + c.left
+                        : nullptr;
+      if (to[l]) level = std::min(level, height[l]);
+    }
+    // Rows follow one another in memory where a chunk is as wide as the outputs.
+    const int64_t at_once = c.width == s.x.out() ? level : 1;
+    for (int64_t i = 0; i < c.height;) {
+      const int64_t count = i < level ? at_once : 1;
+      lanes_.take(made, count * c.width, to);
+      i += count;
+      made += count * t_.outer_pitch;
+      for (int64_t l = 0; l < t_.lanes; ++l) {
+        if (to[l]) to[l] = i < height[l] ? to[l] + count * s.x.out() : nullptr;
       }
-      t = until;
     }
   }
 
-  const ThinShape& s_;
   const ThinWeights<A>& w_;
-  const std::vector<Plane> planes_;
-  const Layout& layout_;
+  const ThinTiling& t_;
+  const LaneKernels<A>& lanes_;
   const ThinKernels<A>& kernels_;
-  const A *x_, *bias_;
+  const A* x_;
   A* y_;
+  std::vector<A> start_;  // of the sums
 };
 
 template <typename A>
 void convolve(const ThinShape& s, bool counting, const Tensor& x, const Tensor& w,
               const OptionalTensor& bias, const Tensor& y) {
   const auto kernels = PP_BY_ISA(thin_kernels<A>)();
+  const auto lanes = PP_BY_ISA(lane_kernels<A>)();
   ThinWeights<A> weights(static_cast<const A*>(w.const_data_ptr()), s, counting);
-  const auto planes = std::max<int64_t>(1, static_cast<int64_t>(weights.planes().size()));
-  const Layout layout(s, planes, kernels.tile, sizeof(A));
-  if (planes * layout.plane > std::numeric_limits<int32_t>::max()) {
-    refuse(kOp, "x", "less than 2^31 numbers in the rows that a kernel reads", describe(x));
-  }
-  weights.lay_out(layout);
-  const Convolution<A> made(s, weights, layout, kernels, static_cast<const A*>(x.const_data_ptr()),
+  const ThinTiling t(s, weights.left(), kernels.tile, lanes.lanes, sizeof(A));
+  check_reads(kOp, x, t);
+  weights.lay_out(t);
+  const Convolution<A> made(weights, t, lanes, kernels, static_cast<const A*>(x.const_data_ptr()),
                             data_or_null<A>(bias), data_of<A>(y));
-  torch::stable::parallel_for(0, made.chunks(), 1, [&](int64_t begin, int64_t end) {
-    const Tensor flat = new_tensor(x, {made.scratch()}, x.scalar_type());
-    std::vector<A> whole(kernels.tile);
-    std::vector<ThinSegment> segments;
-    for (int64_t i = begin; i < end; ++i) made.run(i, data_of<A>(flat), segments, whole.data());
+  // Where chunks are few, threads share the rows of one.
+  const int64_t spans =
+      std::clamp<int64_t>(ceil_divide(torch::stable::get_num_threads(), t.chunks()), 1, s.rows);
+  torch::stable::parallel_for(0, t.chunks() * spans, 1, [&](int64_t begin, int64_t end) {
+    const Tensor scratch =
+        new_tensor(x, {made.scratch(ceil_divide(s.rows, spans))}, x.scalar_type());
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t span = i % spans;
+      made.run(i / spans, s.rows * span / spans, s.rows * (span + 1) / spans, data_of<A>(scratch));
+    }
   });
 }
 

@@ -1,10 +1,11 @@
 // Convolutions by weights that are mostly zeros, compiled for each instruction set.
 //
-// Positions lie in the lanes. The sums of a row over a tile stay in registers; an entry costs one
-// broadcast and, per vector of positions, one load (that may cross a cache line) and one
-// multiply-add. Two rows share the loads, which pays where they share most of their entries.
+// The sums of a row over a tile stay in registers; a weight costs one broadcast and, per position,
+// one multiply-add that reads a whole, aligned vector.
 
 #include <algorithm>
+#include <array>
+#include <utility>
 
 #include "ops/lane_shuffle.h"
 #include "ops/thin.h"
@@ -12,106 +13,87 @@
 namespace pathprune::PATHPRUNE_ISA {
 namespace {
 
-// Registers that hold sums, of 16 or 32.
-constexpr int kSums = PP_AVX512 ? 16 : 12;
+// Registers that hold sums, of 32 or 16.
+constexpr int kSums = PP_AVX512 ? 28 : 12;
+constexpr int kMostHeight = 4, kMostWidth = PP_AVX512 ? 8 : 4;
 
+// Compilers would compute every address from the first, with more registers than there are.
 template <typename A>
-constexpr int kTileVectors = std::clamp(kSums / Lanes<A>::kParts, 2, 8);
-
-template <typename A>
-PP_INLINE void copy(A* to, const A* from, int64_t count) {
-  for (; count >= kLanes; count -= kLanes, to += kLanes, from += kLanes) store(to, load(from));
-#if PP_AVX512
-  if constexpr (sizeof(A) == 4) {
-    const auto some = static_cast<__mmask16>(first_lanes(count));
-    _mm512_mask_storeu_ps(to, some, _mm512_maskz_loadu_ps(some, from));
-    return;
-  }
-#endif
-  for (int64_t i = 0; i < count; ++i) to[i] = from[i];
+PP_INLINE void hide(const A*& pointer) {
+  __asm__("" : "+r"(pointer));
 }
 
-// Compilers would load once for every multiply-add instead: loads are what there are most of.
-template <typename A>
-PP_INLINE void keep(Lanes<A>& v) {
-#if defined(__AVX2__)
-  for (auto& part : v.part) __asm__("" : "+v"(part));
-#endif
-}
-
-template <typename A, int kRows, int kVectors>
-PP_INLINE void sum(const ThinRows& w, const ThinTile<A>& tile, int64_t first,
-                   A (&made)[2][kTileVectors<A> * kLanes]) {
-  Lanes<A> sums[kRows][kVectors];
-  for (int r = 0; r < kRows; ++r) {
-    const Lanes<A> bias = broadcast(tile.bias ? tile.bias[w.row + r] : A(0));
-    for (int j = 0; j < kVectors; ++j) {
-      sums[r][j] = w.lacks[r] ? load(tile.whole + first + j * kLanes) + bias : bias;
+template <typename A, int kHeight, int kWide, bool kDense>
+void add(const ThinEntries<A>& w, int64_t rows, const ThinTile<A>& tile) {
+  // copies: what is written could be what a reference refers to
+  const int64_t *const begins = w.begin, y_plane = tile.y_plane, y_pitch = tile.y_pitch;
+  const int32_t* const shifts = w.shifts;
+  const A *const values = w.values, *const start = tile.start, *const tile_x = tile.x;
+  const int64_t step = kDense ? kWidth<A> : tile.x_step, pitch = tile.x_pitch;
+  A* to = tile.y;
+  for (int64_t r = 0; r < rows; ++r, to += y_plane) {
+    const int64_t begin = begins[r], end = begins[r + 1];
+    if (begin == end && !start) continue;
+    Vector<A> sums[kHeight][kWide];
+    A* at = to;
+#pragma GCC unroll 8
+    for (int y = 0; y < kHeight; ++y, at += y_pitch) {
+#pragma GCC unroll 8
+      for (int x = 0; x < kWide; ++x) {
+        sums[y][x] = start ? start[r] - Vector<A>{} : load_vector(at + x * kWidth<A>);
+      }
     }
-  }
-  const A* x = tile.x + first;
-  const A* values = tile.values + w.values_begin;
-  for (int64_t i = w.begin; i < w.end; ++i, values += kRows) {
-    Vector<A> value[kRows];
-    for (int r = 0; r < kRows; ++r) value[r] = values[r] - Vector<A>{};
-    const A* from = x + tile.shifts[i];
-    for (int j = 0; j < kVectors; ++j) {
-      Lanes<A> read = load(from + j * kLanes);
-      if constexpr (kRows > 1) keep(read);
-      for (int r = 0; r < kRows; ++r) {
-        for (int p = 0; p < Lanes<A>::kParts; ++p) {
-          sums[r][j].part[p] = fused<A>(value[r], read.part[p], sums[r][j].part[p]);
+    for (int64_t i = begin; i < end; ++i) {
+      const Vector<A> value = values[i] - Vector<A>{};
+      const A* from = tile_x + shifts[i];
+#pragma GCC unroll 8
+      for (int y = 0; y < kHeight; ++y) {
+#pragma GCC unroll 8
+        for (int x = 0; x < kWide; ++x) {
+          sums[y][x] = fused<A>(value, load_vector(from + x * step), sums[y][x]);
         }
+        from += pitch;
+        hide(from);
       }
     }
-  }
-  for (int r = 0; r < kRows; ++r) {
-    for (int j = 0; j < kVectors; ++j) store(made[r] + first + j * kLanes, sums[r][j]);
-  }
-}
-
-template <typename A, int kRows>
-PP_INLINE void make(const ThinRows& w, const ThinTile<A>& tile,
-                    A (&made)[2][kTileVectors<A> * kLanes]) {
-  constexpr int kMost = kSums / Lanes<A>::kParts / kRows;
-  constexpr int kWhole = std::clamp(kMost, 1, kTileVectors<A>);
-  constexpr int kHalf = std::max(kWhole / 2, 1);
-  for (int64_t first = 0; first < tile.positions;) {
-    if (tile.positions - first > kHalf * kLanes) {
-      sum<A, kRows, kWhole>(w, tile, first, made);
-      first += kWhole * kLanes;
-    } else {
-      sum<A, kRows, kHalf>(w, tile, first, made);
-      first += kHalf * kLanes;
+    at = to;
+#pragma GCC unroll 8
+    for (int y = 0; y < kHeight; ++y, at += y_pitch) {
+#pragma GCC unroll 8
+      for (int x = 0; x < kWide; ++x) store_vector(at + x * kWidth<A>, sums[y][x]);
     }
   }
 }
 
 template <typename A>
-void multiply(const ThinRows* rows, int64_t count, const ThinTile<A>& tile) {
-  A made[2][kTileVectors<A> * kLanes];
-  for (int64_t k = 0; k < count; ++k) {
-    const ThinRows& w = rows[k];
-    if (w.count == 2) {
-      make<A, 2>(w, tile, made);
+using Add = decltype(ThinKernels<A>::add);
+
+template <typename A, bool kDense, int... kAt>
+constexpr std::array<Add<A>, sizeof...(kAt)> adds(std::integer_sequence<int, kAt...>) {
+  const auto one = [](auto at) constexpr -> Add<A> {
+    constexpr int kHeight = at / kMostWidth + 1, kWide = at % kMostWidth + 1;
+    if constexpr (kHeight * kWide <= kSums) {
+      return add<A, kHeight, kWide, kDense>;
     } else {
-      make<A, 1>(w, tile, made);
+      return nullptr;
     }
-    for (int r = 0; r < w.count; ++r) {
-      A* y = tile.y + (w.row + r) * tile.plane;
-      for (int64_t s = 0; s < tile.segment_count; ++s) {
-        const ThinSegment& segment = tile.segments[s];
-        copy(y + segment.to, made[r] + segment.from, segment.count);
-      }
-    }
-  }
+  };
+  return {one(std::integral_constant<int, kAt>())...};
+}
+
+template <typename A>
+void add_any(const ThinEntries<A>& w, int64_t rows, const ThinTile<A>& tile) {
+  constexpr auto kAll = std::make_integer_sequence<int, kMostHeight * kMostWidth>();
+  static constexpr auto kDense = adds<A, true>(kAll), kOther = adds<A, false>(kAll);
+  const int64_t at = (tile.height - 1) * kMostWidth + tile.width - 1;
+  (tile.x_step == kWidth<A> ? kDense : kOther)[at](w, rows, tile);
 }
 
 }  // namespace
 
 template <typename A>
 ThinKernels<A> thin_kernels() {
-  return {kTileVectors<A> * kLanes, multiply<A>};
+  return {{kSums, kMostWidth, kMostHeight}, add_any<A>};
 }
 
 template ThinKernels<float> thin_kernels<float>();

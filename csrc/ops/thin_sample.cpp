@@ -12,76 +12,14 @@
 #include "glue/cpu.h"
 #include "glue/cpu_ops.h"
 #include "glue/thin_arguments.h"
+#include "ops/thin_tiling.h"
 
 namespace pathprune {
 namespace {
 
 constexpr const char* kOp = "thin_sample";
-constexpr int64_t kMostNumbers = std::numeric_limits<int32_t>::max();
-constexpr int64_t kParts = 8;                   // sums that are formed apart, then added
-constexpr int64_t kOuterBytes = 1 << 20;        // of g laid out: what a second-level cache holds
-constexpr int64_t kReadBytes = 28000;           // of x read by a tile: most of a first-level cache
-constexpr int64_t kWidest = 64;                 // positions of a row laid out at once
-constexpr int64_t kTile = 64, kTileWidth = 16;  // positions summed over at once, and in a row
-constexpr int64_t kRun = 16;  // weights of a row that a tile should have, for loads of g to be few
-
-// Equal parts of a whole, of at most so many.
-int64_t equal_parts(int64_t whole, int64_t most) {
-  return ceil_divide(whole, ceil_divide(whole, std::clamp<int64_t>(most, 1, whole)));
-}
-
-// How the sums over all outputs are cut. A lane has a band of the output rows of an image; of the
-// bands in the lanes, some positions are laid out at a time, and of those some are summed over.
-struct Tiling {
-  Tiling(const ThinShape& s, int64_t rows, int64_t channels, int64_t entries, int64_t lane_count,
-         int64_t bytes)
-      : lanes(lane_count), bands(bands_of(s, lane_count)), band(ceil_divide(s.y.out(), bands)) {
-    const int64_t most = std::max<int64_t>(16, kOuterBytes / (rows * lanes * bytes));
-    width = equal_parts(s.x.out(), std::min(kWidest, most));
-    height = equal_parts(band, most / width);
-    tile_width = equal_parts(width, kTileWidth);
-    tile_height = equal_parts(height, kTile / tile_width);
-    down = ceil_divide(band, height);
-    across = ceil_divide(s.x.out(), width);
-    groups = ceil_divide(s.images * bands, lanes);
-    wide = reads(s.x, width);
-    // odd: channels do not fall onto each other in the cache
-    x_plane = ((reads(s.y, height) * wide) | 1) * lanes;
-    g_plane = height * width * lanes;
-    const int64_t tile = reads(s.y, tile_height) * reads(s.x, tile_width) * lanes * bytes;
-    const int64_t wanted = std::max(kReadBytes / tile, kRun * channels * rows / entries);
-    block = std::max<int64_t>(1, std::min({wanted, channels, kMostNumbers / x_plane}));
-  }
-
-  // Positions that so many outputs read.
-  static int64_t reads(const ThinAxis& a, int64_t outputs) {
-    return (outputs - 1) * a.stride + a.span() + 1;
-  }
-  int64_t chunks() const { return groups * down * across; }
-
-  int64_t lanes;
-  int64_t bands, band;              // of an image; output rows of a band
-  int64_t groups;                   // of as many bands as there are lanes
-  int64_t height, width;            // positions that are laid out at once: a chunk
-  int64_t down, across;             // so many times in a band
-  int64_t wide;                     // columns that they read
-  int64_t x_plane, g_plane;         // from a channel to the next, from a row
-  int64_t tile_height, tile_width;  // positions that are summed over at once
-  int64_t block;                    // channels at once
-
- private:
-  // As few as fill the lanes about as well as any number.
-  static int64_t bands_of(const ThinShape& s, int64_t lanes) {
-    int64_t best = 1;
-    const auto taken = [&](int64_t n) {
-      return static_cast<double>(ceil_divide(s.images * n, lanes) * ceil_divide(s.y.out(), n));
-    };
-    for (int64_t n = 2; n <= std::min(lanes, s.y.out()); ++n) {
-      if (taken(n) < 0.95 * taken(best)) best = n;
-    }
-    return best;
-  }
-};
+constexpr int64_t kParts = 8;  // sums that are formed apart, then added
+constexpr ThinTileSize kTile = {64, 16, 64};
 
 // What the mask keeps, by blocks of channels. Rows and channels without any are left out.
 class SampleWeights {
@@ -110,10 +48,14 @@ class SampleWeights {
   }
 
   int64_t entries() const { return static_cast<int64_t>(columns_.size()); }
+  ThinLeft left() const {
+    return {static_cast<int64_t>(rows.size()), static_cast<int64_t>(channels.size()), entries()};
+  }
 
   // Finds the runs of every block, with room for a group of sums behind its last one.
-  void lay_out(const Tiling& t, int64_t group) {
-    const auto shift = tap_shifts(t);
+  void lay_out(const ThinTiling& t, int64_t group) {
+    std::vector<int32_t> shift;  // of the kernel's entries
+    for (int64_t k = 0; k < s_.kernel(); ++k) shift.push_back(static_cast<int32_t>(t.shift(k)));
     std::vector<int32_t> place(s_.channels);  // of a channel in its block
     const auto live = static_cast<int64_t>(channels.size());
     for (int64_t i = 0; i < live; ++i) {
@@ -151,125 +93,45 @@ class SampleWeights {
   std::vector<int64_t> targets;  // where the entry is in the weight; -1: no entry
 
  private:
-  // Of the kernel's entries.
-  std::vector<int32_t> tap_shifts(const Tiling& t) const {
-    std::vector<int32_t> made;
-    for (int64_t k = 0; k < s_.kernel(); ++k) {
-      const int64_t y = k / s_.x.kernel * s_.y.dilation, x = k % s_.x.kernel * s_.x.dilation;
-      made.push_back(static_cast<int32_t>((y * t.wide + x) * t.lanes));
-    }
-    return made;
-  }
-
   const ThinShape& s_;
   std::vector<int32_t> columns_;  // of the entries, row by row
   std::vector<int64_t> row_begin_;
 };
 
-// A window into planes of images, one plane for each lane.
-template <typename A>
-struct Window {
-  const A* plane[kMostSampleLanes];  // null: zeros
-  int64_t first[kMostSampleLanes];   // row of the window
-  int64_t end[kMostSampleLanes];     // of the plane's rows
-  int64_t column, columns;           // the window's first; so many has a plane
-
-  const A* at(int64_t lane, int64_t row, int64_t from) const {
-    const int64_t y = first[lane] + row;
-    const bool inside = plane[lane] && y >= 0 && y < end[lane];
-    return inside ? plane[lane] + y * columns + from : nullptr;
-  }
-  bool is_level(int64_t lanes) const {
-    for (int64_t l = 1; l < lanes; ++l) {
-      if (first[l] != first[0] || end[l] != end[0]) return false;
-    }
-    return true;
-  }
-};
-
-// Lays a window out, with zeros where it goes beyond the planes.
-template <typename A>
-void lay(const SampleKernels<A>& kernels, const Window<A>& w, int64_t height, int64_t width,
-         int64_t pitch, A* to) {
-  const int64_t lanes = kernels.lanes;
-  const int64_t left = std::clamp<int64_t>(-w.column, 0, width);
-  const int64_t right = std::clamp<int64_t>(w.columns - w.column, left, width);
-  const A* from[kMostSampleLanes];
-  // Rows follow one another in memory where the planes are as wide as the window.
-  const bool is_whole = right - left == w.columns && w.is_level(lanes);
-  const int64_t top = is_whole ? std::clamp<int64_t>(-w.first[0], 0, height) : 0;
-  const int64_t end = is_whole ? std::clamp<int64_t>(w.end[0] - w.first[0], top, height) : height;
-  for (int64_t y = 0; y < height; ++y) {
-    A* const row = to + y * pitch;
-    const bool is_inside = y >= top && y < end && right > left;
-    std::fill_n(row, (is_inside ? left : width) * lanes, A(0));
-    if (!is_inside) continue;
-    std::fill_n(row + right * lanes, (width - right) * lanes, A(0));
-    if (is_whole && y > top) continue;
-    const int64_t count = (is_whole ? end - top : 1) * (right - left);
-    for (int64_t l = 0; l < lanes; ++l) from[l] = w.at(l, y, w.column + left);
-    kernels.lay(from, count, right - left, pitch, row + left * lanes);
-  }
-}
-
 template <typename A>
 class Sample {
  public:
-  Sample(const ThinShape& s, const SampleWeights& w, const Tiling& t,
+  using Chunk = ThinTiling::Chunk;
+
+  Sample(const SampleWeights& w, const ThinTiling& t, const LaneKernels<A>& lanes,
          const SampleKernels<A>& kernels, const A* x, const A* g)
-      : s_(s), w_(w), t_(t), kernels_(kernels), x_(x), g_(g) {}
+      : s_(t.shape), w_(w), t_(t), lanes_(lanes), kernels_(kernels), x_(x), g_(g) {}
 
   int64_t scratch() const { return g_size() + t_.block * t_.x_plane; }
 
   // Adds what a chunk of the outputs has for the entries of some blocks.
   void add(int64_t chunk, int64_t first_block, int64_t end_block, A* scratch, A* sums) const {
-    const int64_t top = chunk / t_.across % t_.down * t_.height;
-    const int64_t left = chunk % t_.across * t_.width;
-    const Chunk c = {chunk / (t_.down * t_.across), top, left, std::min(t_.height, t_.band - top),
-                     std::min(t_.width, s_.x.out() - left)};
+    const Chunk c = t_.chunk(chunk);
+    const auto live = static_cast<int64_t>(w_.channels.size());
     A* const x = scratch + g_size();
     lay_g(c, scratch);
     for (int64_t b = first_block; b < end_block; ++b) {
-      lay_x(c, b, x);
+      const int64_t first = b * t_.block, some = std::min(t_.block, live - first);
+      lay_channels(lanes_, t_, c, x_, w_.channels.data() + first, some, x);
       add_tiles(c, b, x, scratch, sums);
     }
   }
 
  private:
-  // Positions of the bands of a group.
-  struct Chunk {
-    int64_t group, top, left, height, width;
-  };
-
-  int64_t g_size() const { return static_cast<int64_t>(w_.rows.size()) * t_.g_plane; }
+  int64_t g_size() const { return static_cast<int64_t>(w_.rows.size()) * t_.outer_plane; }
 
   void add_tiles(const Chunk& c, int64_t block, const A* x, const A* g, A* sums) const {
-    const int64_t x_step = t_.lanes * s_.x.stride, x_pitch = t_.wide * t_.lanes * s_.y.stride;
-    const int64_t g_pitch = t_.width * t_.lanes;
     const int64_t begin = w_.block_begin[block], count = w_.block_begin[block + 1] - begin;
-    for (int64_t i = 0; i < c.height; i += t_.tile_height) {
-      for (int64_t j = 0; j < c.width; j += t_.tile_width) {
-        const SampleTile<A> tile = {x + i * x_pitch + j * x_step,
-                                    g + i * g_pitch + j * t_.lanes,
-                                    t_.g_plane,
-                                    std::min(t_.tile_height, c.height - i),
-                                    std::min(t_.tile_width, c.width - j),
-                                    x_pitch,
-                                    x_step,
-                                    g_pitch};
-        kernels_.add(w_.runs.data() + begin, count, w_.shifts.data(), tile, sums);
-      }
-    }
-  }
-
-  // What a lane has: an image, or none, and the first output row of its band.
-  struct Lane {
-    bool is_filled;
-    int64_t image, band;
-  };
-  Lane lane(const Chunk& c, int64_t l) const {
-    const int64_t at = c.group * t_.lanes + l;
-    return {at / t_.bands < s_.images, at / t_.bands, at % t_.bands * t_.band};
+    t_.for_each_tile(c, [&](const ThinPlace& p) {
+      const SampleTile<A> tile = {x + p.x, g + p.outer, t_.outer_plane, p.height,
+                                  p.width, t_.x_pitch,  t_.x_step,      t_.outer_pitch};
+      kernels_.add(w_.runs.data() + begin, count, w_.shifts.data(), tile, sums);
+    });
   }
 
   void lay_g(const Chunk& c, A* to) const {
@@ -278,39 +140,21 @@ class Sample {
     window.columns = s_.x.out();
     for (const int64_t row : w_.rows) {
       for (int64_t l = 0; l < t_.lanes; ++l) {
-        const auto [is_filled, image, band] = lane(c, l);
-        window.plane[l] = is_filled ? g_ + (image * s_.rows + row) * s_.plane() : nullptr;
-        window.first[l] = band + c.top;
-        window.end[l] = std::min(band + t_.band, s_.y.out());
+        const auto lane = t_.lane(c, l);
+        const int64_t at = lane.image * s_.rows + row;
+        window.plane[l] = lane.is_filled ? g_ + at * s_.plane() : nullptr;
+        window.first[l] = lane.first + c.top;
+        window.end[l] = lane.end;
       }
-      lay(kernels_, window, c.height, c.width, t_.width * t_.lanes, to);
-      to += t_.g_plane;
-    }
-  }
-
-  void lay_x(const Chunk& c, int64_t block, A* to) const {
-    const auto live = static_cast<int64_t>(w_.channels.size());
-    const int64_t plane = s_.y.size * s_.x.size;
-    Window<A> window = {};
-    window.column = c.left * s_.x.stride - s_.x.padding;
-    window.columns = s_.x.size;
-    for (int64_t i = block * t_.block; i < std::min(live, (block + 1) * t_.block); ++i) {
-      for (int64_t l = 0; l < t_.lanes; ++l) {
-        const auto [is_filled, image, band] = lane(c, l);
-        const int64_t at = image * s_.channels + w_.channels[i];
-        window.plane[l] = is_filled ? x_ + at * plane : nullptr;
-        window.first[l] = (band + c.top) * s_.y.stride - s_.y.padding;
-        window.end[l] = s_.y.size;
-      }
-      lay(kernels_, window, Tiling::reads(s_.y, c.height), Tiling::reads(s_.x, c.width),
-          t_.wide * t_.lanes, to);
-      to += t_.x_plane;
+      lay(lanes_, window, c.height, c.width, t_.outer_pitch, to);
+      to += t_.outer_plane;
     }
   }
 
   const ThinShape& s_;
   const SampleWeights& w_;
-  const Tiling& t_;
+  const ThinTiling& t_;
+  const LaneKernels<A>& lanes_;
   const SampleKernels<A>& kernels_;
   const A *x_, *g_;
 };
@@ -339,14 +183,13 @@ template <typename A>
 void sample(const ThinShape& s, const Tensor& x, const Tensor& g, const Tensor& mask,
             const Tensor& made) {
   const auto kernels = PP_BY_ISA(sample_kernels<A>)();
+  const auto lanes = PP_BY_ISA(lane_kernels<A>)();
   SampleWeights w(static_cast<const uint16_t*>(mask.const_data_ptr()), s);
   if (w.entries() == 0) return;
-  const Tiling t(s, w.rows.size(), w.channels.size(), w.entries(), kernels.lanes, sizeof(A));
-  if (t.x_plane > kMostNumbers) {
-    refuse(kOp, "x", "less than 2^31 numbers in the rows that a kernel reads", describe(x));
-  }
+  const ThinTiling t(s, w.left(), kTile, lanes.lanes, sizeof(A));
+  check_reads(kOp, x, t);
   w.lay_out(t, kernels.group);
-  const Sample<A> work(s, w, t, kernels, static_cast<const A*>(x.const_data_ptr()),
+  const Sample<A> work(w, t, lanes, kernels, static_cast<const A*>(x.const_data_ptr()),
                        static_cast<const A*>(g.const_data_ptr()));
   const int64_t parts = std::min(t.chunks(), kParts);
   const auto stored = static_cast<int64_t>(w.shifts.size());
@@ -378,7 +221,7 @@ Tensor thin_sample(const Tensor& x, const Tensor& g, const Tensor& mask, int64_t
   check_tensor(kOp, "g", g, type, {s.images, s.rows, s.y.out(), s.x.out()}, x);
   check_tensor(kOp, "mask", mask, ScalarType::Short, {1, s.rows, words_of(s.channels * s.kernel())},
                x);
-  if (s.rows * s.channels * s.kernel() > kMostNumbers) {
+  if (s.rows * s.channels * s.kernel() > kMostThinNumbers) {
     refuse(kOp, "mask", "less than 2^31 weights", describe(mask));
   }
   const Tensor made = torch::stable::new_zeros(x, {s.rows, s.channels, s.y.kernel, s.x.kernel});

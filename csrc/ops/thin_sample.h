@@ -11,8 +11,6 @@
 
 namespace pathprune {
 
-inline constexpr int kMostSampleLanes = 16;
-
 // The weights of one row among those of a few channels.
 struct SampleRun {
   int32_t row;  // of g
@@ -32,10 +30,7 @@ struct SampleTile {
 
 template <typename A>
 struct SampleKernels {
-  int64_t lanes;
   int64_t group;  // so many sums, from any weight's on, may be written to
-  // to[i / width * pitch + i % width * lanes + lane] = from[lane][i]; 0 where from is null
-  void (*lay)(const A* const* from, int64_t count, int64_t width, int64_t pitch, A* to);
   // Adds to the sums of the weights of all runs, which read x shifted by `shifts`.
   void (*add)(const SampleRun* runs, int64_t count, const int32_t* shifts,
               const SampleTile<A>& tile, A* sums);

@@ -13,7 +13,7 @@ namespace pathprune::PATHPRUNE_ISA {
 namespace {
 
 constexpr int kGroup = 8;  // weights at once: their multiply-adds hide each other's latency
-static_assert(kWidth<float> <= kMostSampleLanes && kWidth<float> <= 2 * kGroup);
+static_assert(kWidth<float> <= 2 * kGroup);
 
 // Adds the first lanes of a vector: all, or the half of them.
 template <typename A, int... kLane>
@@ -81,32 +81,11 @@ void add(const SampleRun* runs, int64_t count, const int32_t* shifts, const Samp
   }
 }
 
-template <typename A>
-void lay(const A* const* from, int64_t count, int64_t width, int64_t pitch, A* to) {
-  constexpr int kWide = kWidth<A>;
-  int64_t column = 0;
-  for (int64_t first = 0; first < count; first += kWide) {
-    const int64_t some = std::min<int64_t>(count - first, kWide);
-    Vector<A> v[kWide];
-    for (int i = 0; i < kWide; ++i) {
-      v[i] = from[i] ? load_vector(from[i] + first, some) : Vector<A>{};
-    }
-    transpose<A>(v);
-    for (int64_t i = 0; i < some; ++i) {
-      store_vector(to + column * kWide, v[i]);
-      if (++column == width) {
-        column = 0;
-        to += pitch;
-      }
-    }
-  }
-}
-
 }  // namespace
 
 template <typename A>
 SampleKernels<A> sample_kernels() {
-  return {kWidth<A>, kGroup, lay<A>, add<A>};
+  return {kGroup, add<A>};
 }
 
 template SampleKernels<float> sample_kernels<float>();

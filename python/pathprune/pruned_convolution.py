@@ -1,12 +1,13 @@
 """Convolutions with weights that pruning has thinned, over many images at once.
 
 Three exact ways, chosen by what is left: torch's own; torch's own on the channels that are not all zero; and, where few
-weights are left, ``thin_convolution``, which skips zeros: a few images at a time are laid flat with their padding,
-channel after channel, so that what a kernel entry reads is what the output reads, a fixed way further on.
+weights are left, ``thin_convolution``, which skips zeros: as many images, or bands of their rows, as a vector has lanes
+are laid side by side, so that what a kernel entry reads are whole vectors, whatever its shift and the stride.
 
-In training ``thin_sample`` sums the gradient by the weights that are left, and by no others.
+In training ``thin_sample`` sums the gradient by the weights that are left, and by no others, in the same layout.
 
-Bytes: the images once; their flat copy, a part of the cache, for every weight that is left; the outputs once.
+Bytes: the images about once; some channels of a few rows of them, in the cache, for every weight that is left; the
+outputs once.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from .ops import _LIBRARY
 from .thin_ops import thin_convolution
 
 _CHANNELS = 0.8  # share of channel pairs left below which it pays to leave the dead ones out
-_ENTRIES = 0.65, 1.2  # share of weights left below which to skip zeros; of layers with few channels
+_ENTRIES = 0.55, 0.75  # share of weights left below which to skip zeros; of layers with few channels
 _FEW_CHANNELS = 24
-_PHASES = 0.4  # of that share, where a stride cuts images into phases
+_ONE_ENTRY = 0.7  # of that share, for kernels of one entry: images are laid out for few products
+_PREPARED = 40  # a weight's preparation takes as long as so many of its products
 _KEPT = 0.35  # share of weights left below which the gradient is computed for these alone ...
 _SETUP = 256  # ... where an entry's preparation takes no longer than so many outputs
 _SMALL = 1 << 22  # multiply-adds below which torch's own is quick enough
@@ -105,10 +107,13 @@ def _few(x: Tensor, shape: torch.Size, stride: Sequence[int]) -> float:
         return 0.0
     if len(kernel) != 2 or (kernel.numel() == 1 and set(stride) == {1}):
         return 0.0
-    sides = [(n // s, k // 2) for n, k, s in zip(x.shape[2:], kernel, stride, strict=True)]
-    padded = math.prod([(n + k) / max(1, n) for n, k in sides])
-    phases = 1.0 if set(stride) == {1} else _PHASES
-    return phases * _ENTRIES[min(shape[:2]) <= _FEW_CHANNELS] / padded**2.5
+    share = _ENTRIES[min(shape[:2]) <= _FEW_CHANNELS] * (_ONE_ENTRY if kernel.numel() == 1 else 1.0)
+    return share - _PREPARED / max(1, _positions(x, stride))
+
+
+def _positions(x: Tensor, stride: Sequence[int]) -> int:
+    """Of the outputs of all images, about."""
+    return x.shape[0] * math.prod([-(-n // s) for n, s in zip(x.shape[2:], stride, strict=True)])
 
 
 _LIBRARY.impl("pruned_convolution", torch.no_grad()(_convolved), "CompositeExplicitAutograd")
@@ -134,11 +139,11 @@ torch.library.register_fake("pathprune::pruned_convolution", _fake, lib=_LIBRARY
 torch.library.register_vmap("pathprune::pruned_convolution", _batched, lib=_LIBRARY)
 
 
-def expected_gain(w: Tensor, stride: Sequence[int], density: float) -> float:
+def expected_gain(w: Tensor, density: float) -> float:
     """How many times faster than dense ``thin_convolution`` was measured to be, forward, from 8 x 8 images on."""
     if w.device.type != "cpu" or w.dtype not in (torch.float32, torch.float64):
         return 0.0
-    return min(5.0, 0.23 / max(density, 1e-9)) * (1.0 if set(stride) == {1} else _PHASES)
+    return 0.72 / (density + 0.1)  # what is not in proportion: laying images out, and outputs
 
 
 def is_thin(x: Tensor, shape: torch.Size, stride: Sequence[int], density: float) -> bool:
@@ -150,5 +155,5 @@ def is_sampled(x: Tensor, shape: torch.Size, stride: Sequence[int], density: flo
     """Whether ``thin_sample`` should be faster than the gradient by all weights."""
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64) or len(shape) != 4:
         return False
-    positions = x.shape[0] * math.prod([-(-n // s) for n, s in zip(x.shape[2:], stride, strict=True)])
+    positions = _positions(x, stride)
     return density * (positions + _SETUP) < _KEPT * positions

@@ -166,7 +166,7 @@ class SparseLinear(_Sparse):
 
 
 class SparseConv2d(_Sparse):
-    """`nn.Conv2d` with a mask: where it is thin, over images laid flat, of which every weight reads a shift; elsewhere
+    """`nn.Conv2d` with a mask: where it is thin, over images side by side, whose vectors every weight reads; elsewhere
     a product with the patches (1x1 kernels have none to write out) or, where neither pays, the dense one.
 
     Args:
@@ -363,7 +363,7 @@ def _judge(
     on_cuda = weight.dtype if weight.is_cuda and not isinstance(layer, nn.Conv2d) else None
     speedup = {b: expected_speedup(rows, columns, kept / total, b, on_cuda=on_cuda) / handicap for b in batches}
     if isinstance(layer, nn.Conv2d) and _is_plain(layer):
-        speedup = {b: max(s, expected_gain(weight, layer.stride, kept / total)) for b, s in speedup.items()}
+        speedup = {b: max(s, expected_gain(weight, kept / total)) for b, s in speedup.items()}
     swapped = False
     if type(layer) not in _LAYERS or name.rpartition(".")[2] != "weight":
         reason = f"{type(layer).__name__}: no sparse layer"
