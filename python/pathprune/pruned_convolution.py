@@ -23,7 +23,7 @@ from .ops import _LIBRARY
 from .thin_ops import thin_convolution
 
 _CHANNELS = 0.8  # share of channel pairs left below which it pays to leave the dead ones out
-_ENTRIES = 0.55, 0.75  # share of weights left below which to skip zeros; of layers with few channels
+_ENTRIES = 0.55, 0.9  # share of weights left below which to skip zeros; of layers with few channels
 _FEW_CHANNELS = 24
 _ONE_ENTRY = 0.7  # of that share, for kernels of one entry: images are laid out for few products
 _PREPARED = 40  # a weight's preparation takes as long as so many of its products
